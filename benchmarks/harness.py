@@ -1,0 +1,114 @@
+"""Measuring in alternation, and what is kept of it.
+
+These machines have neighbours: a figure alone says little. So all peers of a question are measured in the same run, one
+after the other, many short rounds; told are medians, and the median of each round's ratio to the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+
+#: For breakage, not for figures.
+QUICK = bool(os.environ.get("QUICK"))
+
+ROUNDS = 3 if QUICK else 11
+
+
+@dataclass
+class Figure:
+    """What one peer was measured at: a median, its quartiles, and the median of its ratios to the reference."""
+
+    peer: str
+    value: float
+    low: float
+    high: float
+    ratio: float | None = None
+    more: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Question:
+    """A table: one row for each peer, the best first."""
+
+    name: str
+    title: str
+    unit: str
+    figures: list[Figure]
+    reference: str = ""
+    is_less_better: bool = True
+    note: str = ""
+
+    def figure(self, peer: str) -> Figure:
+        """Return the row of one peer."""
+        return next(figure for figure in self.figures if figure.peer == peer)
+
+
+def say(text: str = "") -> None:
+    """Tell of progress."""
+    print(text, flush=True)
+
+
+def compare(
+    name: str,
+    title: str,
+    unit: str,
+    measures: dict[str, Callable[[], float]],
+    reference: str,
+    is_less_better: bool = True,
+    rounds: int = ROUNDS,
+    note: str = "",
+) -> Question:
+    """Measure all peers in alternation."""
+    say(f"\nmeasuring: {title} ...")
+    found: dict[str, list[float]] = {peer: [] for peer in measures}
+    for _ in range(rounds):
+        for peer, measure in measures.items():
+            found[peer].append(measure())
+    figures = []
+    for peer, values in found.items():
+        ratios = [value / other for value, other in zip(values, found[reference], strict=True)]
+        low, _, high = statistics.quantiles(values, n=4)
+        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios)))
+    return tell(Question(name, title, unit, figures, reference, is_less_better, note))
+
+
+def tell(question: Question) -> Question:
+    """Sort the rows of a question, print them, and return it."""
+    say(f"\n{question.title}")
+    question.figures.sort(key=lambda figure: figure.value, reverse=not question.is_less_better)
+    for figure in question.figures:
+        ratio = "" if figure.ratio is None else f"{figure.ratio:6.2f} x {question.reference}"
+        more = "  ".join(f"{name} {value:,.4g}" for name, value in figure.more.items())
+        say(f"  {figure.peer:28} {figure.value:10.2f} {question.unit:12} {ratio}  {more}".rstrip())
+    return question
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Return the smallest value that is not below `percent` of all."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def write(path: Path, about: dict[str, Any], questions: list[Question]) -> None:
+    """Keep a run as JSON."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"about": about, "questions": [asdict(each) for each in questions]}, indent=1) + "\n")
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Question]]:
+    """Read a run that was kept."""
+    kept = json.loads(path.read_text())
+    questions = [
+        Question(**{**each, "figures": [Figure(**figure) for figure in each["figures"]]}) for each in kept["questions"]
+    ]
+    return kept["about"], questions

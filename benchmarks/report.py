@@ -1,0 +1,75 @@
+"""What the documentation shows of a run: a table for each question, and drawings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure as Drawing
+
+from benchmarks.harness import Question
+
+
+#: Ours, the limit, and the others.
+COLOURS = {"zpgpool": "#2a7f62", "limit": "#999999", "": "#c9b458"}
+
+
+def _colour(peer: str) -> str:
+    return next(colour for word, colour in COLOURS.items() if word in peer)
+
+
+def draw(question: Question, path: Path) -> None:
+    """Draw the medians as bars, with their quartiles."""
+    mpl.rcParams["svg.hashsalt"] = "zpgpool"  # the same run gives the same file
+    mpl.rcParams["svg.fonttype"] = "none"
+    drawing = Drawing(figsize=(8, 0.9 + 0.36 * len(question.figures)), layout="constrained")
+    axes = drawing.subplots()
+    figures = question.figures[::-1]
+    errors = [
+        [max(0.0, figure.value - figure.low) for figure in figures],
+        [max(0.0, figure.high - figure.value) for figure in figures],
+    ]
+    axes.barh(
+        [figure.peer for figure in figures],
+        [figure.value for figure in figures],
+        xerr=errors,
+        color=[_colour(figure.peer) for figure in figures],
+        ecolor="#555555",
+    )
+    axes.bar_label(axes.containers[1], labels=[f" {figure.value:,.4g}" for figure in figures], padding=3)
+    axes.set_xlabel(f"{question.unit} ({'less' if question.is_less_better else 'more'} is better)")
+    axes.set_title(question.title, loc="left", fontsize=11)
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, metadata={"Date": None})
+
+
+def table(question: Question) -> list[str]:
+    """Return a question as reStructuredText."""
+    more = list(dict.fromkeys(name for figure in question.figures for name in figure.more))
+    has_ratio = any(figure.ratio is not None for figure in question.figures)
+    head = ["", question.unit, "quartiles", *([f"x {question.reference}"] if has_ratio else []), *more]
+    lines = [question.title, "-" * len(question.title), "", ".. list-table::", "   :header-rows: 1", ""]
+    lines += _row(head)
+    for figure in question.figures:
+        cells = [figure.peer, f"{figure.value:,.4g}", f"{figure.low:,.4g} to {figure.high:,.4g}"]
+        cells += [f"{figure.ratio:.2f}" if figure.ratio is not None else ""] if has_ratio else []
+        cells += [f"{figure.more[name]:,.4g}" if name in figure.more else "" for name in more]
+        lines += _row(cells)
+    return [*lines, "", *([question.note, ""] if question.note else [])]
+
+
+def _row(cells: list[str]) -> list[str]:
+    return [f"   {'* -' if number == 0 else '  -'} {cell}".rstrip() for number, cell in enumerate(cells)]
+
+
+def write(folder: Path, about: dict[str, Any], questions: list[Question]) -> None:
+    """Write the drawings, and the tables that `docs/benchmarks.rst` includes."""
+    lines = [f"Measured on {about['date']}: {about['machine']}.", ""]
+    for question in questions:
+        lines += table(question)
+        path = folder / f"{question.name}.svg"
+        draw(question, path)
+        lines += [f".. image:: /benchmarks/{path.name}", f"   :alt: {question.title}", ""]
+    (folder / "tables.rst").write_text("\n".join(lines).rstrip() + "\n")

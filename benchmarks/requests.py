@@ -1,0 +1,159 @@
+"""Whole requests: waitress on one processor, wrk on another, one way to the connections after the other.
+
+Unpinned, waitress' threads fight for the interpreter's lock across processors: that is measured, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.harness import compare
+from benchmarks.harness import Question
+from benchmarks.harness import QUICK
+from benchmarks.harness import say
+
+
+SECONDS = 1
+ROUNDS = 3
+CLIENTS = 16
+
+WAYS = [
+    "limit",
+    "limit autocommit",
+    "zpgpool persistent",
+    "zpgpool persistent autocommit",
+    "zpgpool threaded",
+    "psycopg2.pool",
+    "psycopg2-pool",
+    "psycopg_pool",
+    "SQLAlchemy",
+    "DBUtils PersistentDB",
+    "connect per request",
+]
+
+#: What wrk prints in, as milliseconds.
+UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
+
+
+class Site:
+    """A server process."""
+
+    def __init__(self, way: str, dsn: str, threads: int, processor: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.site", way, dsn, str(threads), str(processor)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.latencies: dict[str, list[float]] = {"p50 ms": [], "p99 ms": []}
+
+    def ask(self, path: str, processor: int) -> float:
+        """Return the requests per second of one round."""
+        output = subprocess.check_output(
+            ["taskset", "-c", str(processor), "wrk", "-t1", f"-c{CLIENTS}", f"-d{SECONDS}s", "--latency",
+             f"http://127.0.0.1:{self.port}{path}"],
+            text=True,
+        )  # fmt: skip
+        for name, label in (("p50 ms", "50%"), ("p99 ms", "99%")):
+            found = re.search(rf"{label}\s+([\d.]+)(us|ms|s)", output)
+            assert found is not None, output
+            self.latencies[name].append(float(found[1]) * UNITS[found[2]])
+        rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+        assert rate is not None, output
+        assert "Non-2xx" not in output, output
+        return float(rate[1])
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def page(dsn: str, path: str, threads: int, title: str, ways: list[str], is_pinned: bool = True) -> Question:
+    """Compare the ways at one page."""
+    last = (os.cpu_count() or 1) - 1
+    with ExitStack() as stack:
+        sites = {way: stack.enter_context(Site(way, dsn, threads, 0 if is_pinned else -1)) for way in ways}
+        for site in sites.values():
+            site.ask(path, last)
+            site.latencies = {name: [] for name in site.latencies}
+        name = f"wsgi{path.replace('/', '-')}-{threads}{'' if is_pinned else '-unpinned'}"
+        question = compare(
+            name,
+            f"waitress, {threads} threads, {title}",
+            "requests/s",
+            {way: lambda site=site: site.ask(path, last) for way, site in sites.items()},
+            ways[0],
+            is_less_better=False,
+            rounds=ROUNDS,
+        )
+        for figure in question.figures:
+            for label, values in sites[figure.peer].latencies.items():
+                figure.more[label] = sorted(values)[len(values) // 2]
+    return question
+
+
+@contextmanager
+def watched(port: int) -> Iterator[None]:
+    """Return a context manager that asks for the JSON every second, and for the metrics, as a page and a scraper do."""
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(1.0):
+            for path in ("json", "metrics"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/status/{path}") as answer:
+                    answer.read()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        looker.join()
+
+
+def watching(dsn: str) -> Question:
+    """What it costs to look: the status page and the metrics, asked for every second."""
+    last = (os.cpu_count() or 1) - 1
+    with Site("zpgpool persistent", dsn, 4, 0) as plain, Site("zpgpool watched", dsn, 4, 0) as observed:
+        plain.ask("/one", last), observed.ask("/one", last)
+        with watched(observed.port):
+            return compare(
+                "watching",
+                "waitress, 4 threads, one SELECT 1, with the status page's JSON and the metrics asked for every second",
+                "requests/s",
+                {"zpgpool persistent": lambda: plain.ask("/one", last), "watched": lambda: observed.ask("/one", last)},
+                "zpgpool persistent",
+                is_less_better=False,
+                rounds=3 if QUICK else 12,
+            )
+
+
+def all_of(server: Any) -> list[Question]:
+    """Ask all that is asked here."""
+    missing = [tool for tool in ("wrk", "taskset") if shutil.which(tool) is None]
+    if missing:
+        say(f"\nNo requests measured: {missing[0]} is missing (apt-get install wrk util-linux)")
+        return []
+    few = WAYS[:3]
+    if QUICK:
+        return [page(server.dsn, "/one", 4, "one SELECT 1", few), watching(server.dsn)]
+    return [
+        watching(server.dsn),
+        page(server.dsn, "/one", 4, "one SELECT 1", WAYS),
+        page(server.dsn, "/one", 16, "one SELECT 1", WAYS),
+        page(server.dsn, "/page", 4, "a page of 20 rows", WAYS),
+        page(server.dsn, "/none", 4, "a page without the database", few),
+        page(server.dsn, "/one", 4, "one SELECT 1, not pinned to a processor", few, is_pinned=False),
+    ]

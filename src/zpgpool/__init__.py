@@ -1,0 +1,45 @@
+"""psycopg2 connection pools for Zope, Pyramid and plain WSGI: who used `psycopg2.pool` changes one import."""
+
+from typing import Any
+
+from .base import AbstractConnectionPool
+from .errors import PoolClosed
+from .errors import PoolError
+from .errors import PoolTimeout
+from .errors import TooManyRequests
+from .keeper import keeper
+from .pool import PersistentConnectionPool
+from .pool import SimpleConnectionPool
+from .pool import ThreadedConnectionPool
+from .registry import get_pool
+from .registry import query_pool
+from .registry import register_factories
+from .registry import register_pool
+from .registry import unregister_pool
+
+
+__all__ = [
+    "AbstractConnectionPool",
+    "PersistentConnectionPool",
+    "PoolClosed",
+    "PoolError",
+    "PoolTimeout",
+    "SimpleConnectionPool",
+    "ThreadedConnectionPool",
+    "TooManyRequests",
+    "get_pool",
+    "query_pool",
+    "register_factories",
+    "register_pool",
+    "unregister_pool",
+]
+
+# The one place where the pools meet the timer: neither knows the other.
+AbstractConnectionPool.attend = keeper.watch
+
+
+def includeme(config: Any) -> None:
+    """What Pyramid's `config.include("zpgpool")` calls; see `zpgpool.pyramid`."""
+    from .pyramid import includeme
+
+    includeme(config)

@@ -1,0 +1,116 @@
+"""The command `zpgpool`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 0 done, 1 failed (with one line on stderr), 2 called wrongly."""
+    parser = argparse.ArgumentParser(prog="zpgpool", description="psycopg2 connection pools for Zope, Pyramid and WSGI")
+    parser.add_argument("--version", action="version", version=f"zpgpool {version('zpgpool')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="serve a small application on a PostgreSQL of its own")
+    demo.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
+    demo.add_argument("--port", type=_port, default=8080, help="where to listen (%(default)s); 0: any free one")
+    demo.add_argument("--data", type=Path, help="folder that keeps the database (~/.local/share/zpgpool/demo)")
+    demo.add_argument("--dsn", help="use this PostgreSQL instead of one of its own; ENV:NAME reads the environment")
+    demo.add_argument("--ini", type=Path, help="PasteDeploy file to serve instead of the demo's own")
+    recover = commands.add_parser("recover", help="list prepared transactions that a crash left behind; resolve them")
+    recover.add_argument("dsn", help="the database, as libpq has it; ENV:NAME reads the environment")
+    recover.add_argument("--commit", metavar="ID", action="append", default=[], help="commit this one")
+    recover.add_argument("--rollback", metavar="ID", action="append", default=[], help="roll this one back")
+    recover.add_argument("--zodb", metavar="FILE|URI", help="propose what ZODB did: Data.fs, zope.conf, a zodburi URI")
+    recover.add_argument("--yes", action="store_true", help="do what --zodb proposes")
+    check = commands.add_parser(
+        "check",
+        help="whether a server and a fleet of pools fit together",
+        description="Prints a line for each thing looked at; the exit status is that of the worst line: "
+        "0 ok, 1 advice, 2 wrong.",
+    )
+    check.add_argument("dsn", help="the database, as libpq has it; ENV:NAME reads the environment")
+    check.add_argument("--threads", type=_count, default=4, metavar="N", help="of each process (%(default)s)")
+    check.add_argument("--processes", type=_count, default=1, metavar="M", help="with a pool each (%(default)s)")
+    check.add_argument("--maxconn", type=_count, metavar="K", help="of each pool (as many as threads)")
+    top = commands.add_parser("top", help="show the status page of a process in the terminal")
+    top.add_argument("url", help="where the page is, as http://localhost:8080/status")
+    top.add_argument("--once", action="store_true", help="show it once")
+    top.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)")
+    top.add_argument("--token", metavar="ENV:NAME", help="the page's token, which the environment has as NAME")
+    args = parser.parse_args(argv)
+    run = {"demo": _demo, "recover": _recover, "check": _check, "top": _top}[args.command]
+    try:
+        return run(args)
+    except ImportError as error:  # of an extra, which it names
+        print(f"zpgpool {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo.serve import DemoError
+    from .demo.serve import serve
+
+    try:
+        serve(args)
+    except DemoError as error:
+        print(f"zpgpool demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _recover(args: argparse.Namespace) -> int:
+    from .recover import recover
+    from .recover import RecoverError
+
+    try:
+        recover(args)
+    except RecoverError as error:
+        print(f"zpgpool recover: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .check import check
+
+    return check(args)
+
+
+def _top(args: argparse.Namespace) -> int:
+    from .top import top
+    from .top import TopError
+
+    try:
+        top(args)
+    except TopError as error:
+        print(f"zpgpool top: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("a whole number above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("seconds, from 0.1 to 3600")
+    return seconds
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The demo's application: notes in a database, one page for each promise of the middleware."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from collections.abc import Mapping
+from importlib.resources import files
+from string import Template
+
+import psycopg2
+from psycopg2.extensions import connection as Connection
+from webob import Request
+from webob import Response
+from webob.dec import wsgify
+from webob.exc import HTTPBadRequest
+from webob.exc import HTTPMethodNotAllowed
+from webob.exc import HTTPNotFound
+from webob.exc import HTTPSeeOther
+from webob.util import html_escape
+
+from .. import get_pool
+from ..caller import working_on
+from ..interfaces import IConnectionPool
+from ..wsgi import get_connection
+
+
+#: One table; the lock keeps two processes from making it at the same time, which IF NOT EXISTS does not.
+SCHEMA = """
+SELECT pg_advisory_xact_lock(7410231);
+CREATE TABLE IF NOT EXISTS notes (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at timestamptz NOT NULL DEFAULT now(), note text NOT NULL)
+"""
+
+#: How long a note may be, in characters, and how many the page shows.
+LONGEST = 500
+SHOWN = 100
+
+#: How many threads more than there are connections make load, and for how long, in seconds.
+LOADERS = 4
+LOAD = 20.0
+
+#: Where demo.ini has the status page.
+STATUS = "/status"
+
+#: How many rows a chunk of the stream has.
+CHUNK = 1000
+
+POLICY = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; base-uri 'none'"
+
+
+def app_factory(global_conf: Mapping[str, str]) -> DemoApp:
+    """Return the application (PasteDeploy's `paste.app_factory`)."""
+    return DemoApp()
+
+
+class DemoApp:
+    """`/` notes, `/stream` rows while they come, `/slow` keeps its connection, `/fail` stores nothing, `/load`."""
+
+    def __init__(self) -> None:
+        folder = files(__package__)
+        self._page = Template((folder / "page.html").read_text("utf-8"))
+        self._style = (folder / "style.css").read_bytes()
+        self._lock = threading.Lock()
+        self._is_ready = False
+        self._load_until = 0.0
+
+    @wsgify
+    def __call__(self, request: Request) -> Response:
+        pages = {
+            "/": self.notes,
+            "/stream": self.stream,
+            "/slow": self.slow,
+            "/fail": self.fail,
+            "/load": self.load,
+            "/style.css": self.style,
+        }
+        try:
+            path = request.path_info
+        except UnicodeDecodeError:
+            raise HTTPBadRequest("The path is not UTF-8.") from None
+        page = pages.get(path)
+        if page is None:
+            raise HTTPNotFound()
+        allowed = {"/": ["GET", "HEAD", "POST"], "/load": ["POST"]}.get(path, ["GET", "HEAD"])
+        if request.method not in allowed:
+            raise HTTPMethodNotAllowed(headers={"Allow": ", ".join(allowed)})
+        return page(request)
+
+    def notes(self, request: Request) -> Response:
+        """Show the notes, or store one."""
+        conn = self._connect(request)
+        with conn.cursor() as cursor:
+            if request.method == "POST":
+                note = request.POST.get("note", "")
+                note = note.strip().replace("\0", "") if isinstance(note, str) else ""
+                if not 0 < len(note) <= LONGEST:
+                    raise HTTPBadRequest(f"A note has 1 to {LONGEST} characters.")
+                cursor.execute("INSERT INTO notes (note) VALUES (%s)", [note])
+                conn.commit()
+                raise HTTPSeeOther(location=request.path_url)
+            cursor.execute(
+                "SELECT to_char(at, 'YYYY-MM-DD HH24:MI:SS'), note FROM notes ORDER BY id DESC LIMIT %s", [SHOWN]
+            )
+            rows = cursor.fetchall()
+        items = "\n".join(f"<li>{html_escape(note)}<time>{html_escape(at)}</time></li>" for at, note in rows)
+        return self._answer(
+            request,
+            conn,
+            "Notes",
+            '<p class="lead">Each note is a row in PostgreSQL, each page comes over the connection of its thread.</p>\n'
+            f'<form method="post" action="{html_escape(request.path_url)}">'
+            f'<input name="note" maxlength="{LONGEST}" aria-label="A note" placeholder="A note" required autofocus>'
+            "<button>Add</button></form>\n" + (f"<ol>{items}</ol>" if rows else "<p>No notes yet.</p>") + "\n"
+            f'<form method="post" action="{html_escape(request.script_name)}/load">'
+            f"<button>Make {LOAD:g} seconds of load</button></form>",
+        )
+
+    def stream(self, request: Request) -> Response:
+        """Send `rows` rows while a named cursor fetches them: the connection is the request's until the last one."""
+        count = _number(request, "rows", 10_000, 10_000_000)
+        return Response(
+            app_iter=self._rows(self._connect(request), int(count)), content_type="text/plain", charset="utf-8"
+        )
+
+    def _rows(self, conn: Connection, count: int) -> Iterator[bytes]:
+        with conn.cursor(name="stream") as cursor:
+            cursor.execute("SELECT number, md5(number::text) FROM generate_series(1, %s) AS number", [count])
+            while rows := cursor.fetchmany(CHUNK):
+                yield "".join(f"{number} {digest}\n" for number, digest in rows).encode()
+
+    def slow(self, request: Request) -> Response:
+        """Keep the connection busy for `seconds`."""
+        seconds = _number(request, "seconds", 2, 60)
+        conn = self._connect(request)
+        with conn.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(%s)", [seconds])
+        return self._answer(request, conn, "Slow", f"<p>The server slept for {seconds:g} seconds.</p>")
+
+    def fail(self, request: Request) -> Response:
+        """Write, then raise: the middleware rolls back."""
+        with self._connect(request).cursor() as cursor:
+            cursor.execute("INSERT INTO notes (note) VALUES ('never stored')")
+        raise RuntimeError("this page fails after it has written: nothing is stored")
+
+    def load(self, request: Request) -> Response:
+        """Have more threads than there are connections use the pool for a while, and show it meanwhile."""
+        pool = get_pool()
+        with self._lock:
+            is_on, until = time.monotonic() < self._load_until, time.monotonic() + LOAD
+            self._load_until = self._load_until if is_on else until
+        for number in range(0 if is_on else pool.maxconn + LOADERS):
+            threading.Thread(target=_use, args=(pool, until), name=f"demo-load-{number}", daemon=True).start()
+        raise HTTPSeeOther(location=f"{request.application_url}{STATUS}")
+
+    def style(self, request: Request) -> Response:
+        """Return the style sheet: no connection is taken for it."""
+        return Response(self._style, content_type="text/css", charset="utf-8", cache_control="max-age=3600")
+
+    def _connect(self, request: Request) -> Connection:
+        conn = get_connection(request.environ)
+        if not self._is_ready:
+            with self._lock, conn.cursor() as cursor:
+                cursor.execute(SCHEMA)
+                conn.commit()
+                self._is_ready = True
+        return conn
+
+    def _answer(self, request: Request, conn: Connection, title: str, main: str) -> Response:
+        served = (
+            f"Served by thread <code>{html_escape(threading.current_thread().name)}</code>"
+            f" over backend <code>{conn.info.backend_pid}</code>"
+        )
+        text = self._page.substitute(
+            title=title, root=html_escape(request.script_name), status=STATUS, main=main, served=served
+        )
+        response = Response(text, cache_control="no-store")
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+
+def _use(pool: IConnectionPool, until: float) -> None:
+    me = threading.get_ident()
+    working_on[me] = "the demo's load"
+    try:
+        while time.monotonic() < until:
+            with pool.connection() as conn, conn.cursor() as cursor:
+                cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, 1)])
+    except psycopg2.Error:
+        pass  # the demo ends, or its server
+    finally:
+        del working_on[me]
+
+
+def _number(request: Request, name: str, default: float, most: float) -> float:
+    try:
+        value = float(request.GET.get(name, default))
+    except ValueError:
+        value = -1
+    if not 0 <= value <= most:
+        raise HTTPBadRequest(f"{name} is a number from 0 to {most:g}.")
+    return value

@@ -1,0 +1,34 @@
+"""The errors of the pools: one class for each different decision a caller can take.
+
+All are `psycopg2.pool.PoolError`, so handlers written for `psycopg2.pool` keep working.
+A server that cannot be reached is not in this list: its own `psycopg2.OperationalError` is raised.
+"""
+
+import psycopg2.pool
+
+
+class PoolError(psycopg2.pool.PoolError):
+    """The pool was used wrongly, or cannot serve; nothing has changed."""
+
+    __module__ = "zpgpool"
+
+
+class PoolClosed(PoolError):
+    """The pool was closed: asking again is of no use."""
+
+    __module__ = "zpgpool"
+
+
+class PoolTimeout(PoolError):
+    """No connection came free within `timeout` seconds: try later.
+
+    The message tells who holds the connections; `__cause__` is the last error of a connect, if there was one.
+    """
+
+    __module__ = "zpgpool"
+
+
+class TooManyRequests(PoolError):
+    """`max_waiting` threads wait already: shed load."""
+
+    __module__ = "zpgpool"

@@ -1,0 +1,94 @@
+"""What happens to connections, told through `zope.event`: rarely, and never under a lock or for a checkout.
+
+Knows `zope.event` and the interfaces.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import zope.event
+from zope.interface import implementer
+
+from .interfaces import IConnectFailed
+from .interfaces import IConnectionClosed
+from .interfaces import IConnectionLeaked
+from .interfaces import IConnectionOpened
+from .interfaces import IPoolEvent
+from .interfaces import IRequestTimedOut
+
+
+if TYPE_CHECKING:
+    import psycopg2
+
+    from .base import AbstractConnectionPool
+    from .caller import Holder
+    from .errors import PoolError
+
+
+log = logging.getLogger("zpgpool")
+
+
+class PoolEvent:
+    """What all events have."""
+
+    def __init__(self, pool: AbstractConnectionPool) -> None:
+        self.pool = pool
+
+
+@implementer(IConnectionOpened)
+class ConnectionOpened(PoolEvent):
+    """See `IConnectionOpened`."""
+
+    def __init__(self, pool: AbstractConnectionPool, backend_pid: int, seconds: float) -> None:
+        super().__init__(pool)
+        self.backend_pid = backend_pid
+        self.seconds = seconds
+
+
+@implementer(IConnectionClosed)
+class ConnectionClosed(PoolEvent):
+    """See `IConnectionClosed`."""
+
+    def __init__(self, pool: AbstractConnectionPool, backend_pid: int, reason: str) -> None:
+        super().__init__(pool)
+        self.backend_pid = backend_pid
+        self.reason = reason
+
+
+@implementer(IConnectFailed)
+class ConnectFailed(PoolEvent):
+    """See `IConnectFailed`."""
+
+    def __init__(self, pool: AbstractConnectionPool, error: psycopg2.OperationalError, seconds: float) -> None:
+        super().__init__(pool)
+        self.error = error
+        self.seconds = seconds
+
+
+@implementer(IRequestTimedOut)
+class RequestTimedOut(PoolEvent):
+    """See `IRequestTimedOut`."""
+
+    def __init__(self, pool: AbstractConnectionPool, seconds: float, error: PoolError) -> None:
+        super().__init__(pool)
+        self.seconds = seconds
+        self.error = error
+
+
+@implementer(IConnectionLeaked)
+class ConnectionLeaked(PoolEvent):
+    """See `IConnectionLeaked`."""
+
+    def __init__(self, pool: AbstractConnectionPool, holder: Holder) -> None:
+        super().__init__(pool)
+        self.holder = holder
+
+
+def notify(event: IPoolEvent) -> None:
+    """Tell the subscribers of `zope.event`. What one of them raises is logged, and stops nothing but the others."""
+    try:
+        zope.event.notify(event)
+    except Exception:
+        log.exception("a subscriber of %s failed", type(event).__name__)

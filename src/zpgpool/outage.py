@@ -1,0 +1,68 @@
+"""What a pool knows of a server that does not answer: one thread tries it, the others are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+import psycopg2
+
+
+#: How long a connect that succeeded speaks for the next ones, in seconds.
+PROOF = 1.0
+
+#: The first and the longest pause between two tries, in seconds; each is twice the one before.
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
+
+
+class Outage:
+    """The memory of failed connects. Written by whoever tried last; a stale read costs one more try."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        #: The error of the last try; None when that succeeded, or there was none.
+        self.error: psycopg2.Error | None = None
+        self._clock = clock
+        self._pause = 0.0
+        self._retry_at = 0.0
+        self._proven_until = 0.0
+
+    def may_connect(self, connecting: int) -> bool:
+        """Whether one more thread may connect while `connecting` others do.
+
+        While nothing proves that the server is there, one at a time: it hangs for all of them, or for none.
+        """
+        now = self._clock()
+        return now < self._proven_until or (connecting == 0 and now >= self._retry_at)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the server is known to be down, and it is too early to try again."""
+        return self.error is not None and self._clock() < self._retry_at
+
+    def doubt(self) -> None:
+        """A connection was found dead: the next connect is a try again."""
+        self._proven_until = 0.0
+
+    def failed(self, error: psycopg2.Error) -> None:
+        """Remember the error of a try, and pause."""
+        self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
+        now = self._clock()
+        # A copy: the traceback of the error itself would keep the frame of the connect alive, and its place with it.
+        self.error, self._retry_at, self._proven_until = _copy(error), now + self._pause, 0.0
+
+    def succeeded(self) -> None:
+        """Forget the outage."""
+        self.error, self._pause, self._retry_at = None, 0.0, 0.0
+        self._proven_until = self._clock() + PROOF
+
+    def copy(self) -> psycopg2.Error:
+        """Return the remembered error for another thread: one instance in two threads mixes their tracebacks."""
+        error = self.error or psycopg2.OperationalError("the server cannot be reached")
+        copy = _copy(error)
+        copy.__cause__ = error
+        return copy
+
+
+def _copy(error: psycopg2.Error) -> psycopg2.Error:
+    return type(error)(*error.args)

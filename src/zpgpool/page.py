@@ -1,0 +1,221 @@
+"""Draws a snapshot as HTML and SVG: no script, no style of its own, and everything that a user made escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+from webob.util import html_escape
+
+from .history import EVERY
+from .history import SPAN
+
+
+#: The size of a chart in its own units; the page stretches it.
+WIDTH = 600
+HEIGHT = 100
+
+#: Between two samples.
+STEP = WIDTH * EVERY / SPAN
+
+Row = Sequence[tuple[str, str]]
+
+
+def draw(snapshot: dict[str, Any]) -> str:
+    """Return what stands in the page's `main`."""
+    pools = "\n".join(_pool(pool, number) for number, pool in enumerate(snapshot["pools"]))
+    when = snapshot["at"].replace("T", " ").replace("+00:00", " UTC")
+    return (
+        f"{pools or '<p>No pool is registered.</p>'}\n<footer>Process {snapshot['process']} at {_e(when)}. "
+        "Each process has pools of its own.</footer>"
+    )
+
+
+def title(snapshot: dict[str, Any]) -> str:
+    """Return the page's title: what somebody should see in a tab."""
+    waiting = sum(pool["waiting"] for pool in snapshot["pools"])
+    used = sum(pool["used"] for pool in snapshot["pools"])
+    return f"{waiting} waiting - pools" if waiting else f"{used} in use - pools"
+
+
+def verdict(pool: dict[str, Any]) -> tuple[str, str]:
+    """Return how a pool is, in one sentence, and how bad that is: `good`, `warn` or `bad`."""
+    used, most, waiting = pool["used"], pool["max"], pool["waiting"]
+    if pool["is_closed"]:
+        return "bad", "The pool is closed."
+    if pool["outage"]:
+        return "bad", f"The last connect failed: {pool['outage']}"
+    if waiting:
+        longest = seconds(max(waiter["seconds"] for waiter in pool["waiters"]))
+        who = f"{waiting} requests wait, the longest" if waiting > 1 else "1 request waits,"
+        return "bad", f"{used} of {most} connections in use; {who} for {longest}."
+    if used >= most:
+        return "warn", f"All {most} connections are in use; nobody waits yet."
+    return "good", f"{used} of {most} connections in use, {pool['idle']} idle; nobody waits."
+
+
+def seconds(number: float) -> str:
+    """Return a time for people."""
+    if number >= 3600:
+        return f"{number / 3600:.1f} h"
+    if number >= 60:
+        return f"{int(number) // 60} min {int(number) % 60} s"
+    return f"{number:.1f} s" if number >= 0.1 or number == 0 else f"{number * 1000:.0f} ms"
+
+
+def _pool(pool: dict[str, Any], number: int) -> str:
+    mood, words = verdict(pool)
+    name = _e(pool["name"]) if pool["name"] else "Unnamed pool"
+    note = f'<p class="note">Without what the server says: {_e(pool["server_note"])}</p>' if pool["server_note"] else ""
+    counters = "".join(f"<div><dt>{_e(key)}</dt><dd>{value}</dd></div>" for key, value in pool["stats"].items())
+    return f"""<section aria-labelledby="pool-{number}">
+<h2 id="pool-{number}">{name} <small>{_e(pool["kind"])}</small></h2>
+<p class="verdict {mood}">{_e(words)}</p>
+<div class="charts">{_charts(pool)}</div>
+<h3>Who holds a connection</h3>
+{note}{_table("Nobody.", map(_holder, pool["holders"]))}
+<h3>Who waits for one</h3>
+{_table("Nobody.", map(_waiter, pool["waiters"]))}
+<h3>What happened</h3>
+{_table("Nothing worth telling.", map(_tale, pool["tales"]))}
+<details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
+</section>"""
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def _table(none: str, rows: Iterable[Row]) -> str:
+    """Return a table. With its roles said: on a phone the style makes blocks of it, and browsers forget them then."""
+    listed = list(rows)
+    if not listed:
+        return f'<p class="none">{none}</p>'
+    heads = "".join(f'<th role="columnheader" scope="col">{label}</th>' for label, _ in listed[0])
+    lines = "\n".join(
+        f'<tr role="row">{"".join(_cell(label, content) for label, content in row)}</tr>' for row in listed
+    )
+    return (
+        f'<table role="table"><thead role="rowgroup"><tr role="row">{heads}</tr></thead>\n'
+        f'<tbody role="rowgroup">{lines}</tbody></table>'
+    )
+
+
+def _cell(label: str, content: str) -> str:
+    return f'<td role="cell" data-label="{label}"{" class=seconds" if label == "For" else ""}>{content}</td>'
+
+
+def _holder(holder: dict[str, Any]) -> Row:
+    return (
+        ("For", seconds(holder["seconds"])),
+        ("Request", f"<code>{_e(holder['request'])}</code>" if holder["request"] else ""),
+        ("Thread", _e(holder["thread"])),
+        ("Connection", f"<span>{_e(holder['status'])}</span>{_more('backend ' + str(holder['backend_pid'] or '?'))}"),
+        ("Server", _server(holder["server"])),
+        ("At line", _line(holder["line"])),
+    )
+
+
+def _server(server: dict[str, Any] | None) -> str:
+    if server is None:
+        return ""
+    running = f" for {seconds(server['seconds'])}" if server["state"] == "active" and server["seconds"] else ""
+    lines = [f"<span>{_e(server['state'] or 'unknown')}{running}</span>"]
+    if server["blocked_by"]:
+        lines.append(_more(f"waits for a lock of backend {', '.join(map(str, server['blocked_by']))}"))
+    elif server["wait_event"]:
+        lines.append(_more(f"waits: {server['wait_event_type']}, {server['wait_event']}"))
+    if server["application_name"]:
+        lines.append(_more(server["application_name"]))
+    if server["query"]:
+        lines.append(f'<code class="more">{_e(server["query"])}</code>')
+    return "".join(lines)
+
+
+def _waiter(waiter: dict[str, Any]) -> Row:
+    return (
+        ("For", seconds(waiter["seconds"])),
+        ("Request", f"<code>{_e(waiter['request'])}</code>" if waiter["request"] else ""),
+        ("Thread", _e(waiter["thread"])),
+    )
+
+
+def _tale(tale: dict[str, Any]) -> Row:
+    times = f" ({tale['count']} times)" if tale["count"] > 1 else ""
+    return (
+        ("When (UTC)", _e(tale["at"][:19].replace("T", " "))),
+        ("What", f"<span>{_e(tale['kind'])}{times}</span>"),
+        ("More", f"<span>{_e(tale['text'])}</span>"),
+    )
+
+
+def _line(line: str) -> str:
+    path, _, rest = line.rpartition(":")
+    return f'<code title="{_e(line)}">{_e("/".join([*path.split("/")[-2:]]) + ":" + rest if path else line)}</code>'
+
+
+def _more(text: str) -> str:
+    return f'<span class="more">{_e(text)}</span>'
+
+
+def _e(text: object) -> str:
+    return str(html_escape(str(text)))
+
+
+# Charts --------------------------------------------------------------------------------------------------------------
+
+
+def _charts(pool: dict[str, Any]) -> str:
+    longest = max((waiter["seconds"] for waiter in pool["waiters"]), default=0.0)
+    now = {"ago": 0.0, "used": pool["used"], "idle": pool["idle"], "waiting": pool["waiting"], "wait": longest}
+    samples = [*pool["samples"], now]
+    used, waiting, waits = ([sample[name] for sample in samples] for name in ("used", "waiting", "wait"))
+    sizes = [sample["used"] + sample["idle"] for sample in samples]
+    top = max([pool["max"], *sizes])
+    limit = HEIGHT - pool["max"] / top * HEIGHT
+    return "".join(
+        [
+            _chart(
+                f"In use and idle in the last ten minutes: {pool['used']} and {pool['idle']} now, "
+                f"at most {max(used)} in use",
+                '<span><i class="key used"></i>In use <i class="key idle"></i>Idle</span>'
+                f"<b>{pool['used']} + {pool['idle']} of {pool['max']}</b>",
+                f"{_area('idle', samples, sizes, top)}{_area('used', samples, used, top)}"
+                f'<line class="limit" x1="0" x2="{WIDTH}" y1="{limit:.1f}" y2="{limit:.1f}"/>',
+            ),
+            _chart(
+                f"Waiting in the last ten minutes: {pool['waiting']} now, at most {max(waiting)}",
+                f'<span><i class="key waiting"></i>Waiting</span><b>{pool["waiting"]}, at most {max(waiting)}</b>',
+                _area("waiting", samples, waiting, max([1, *waiting])),
+            ),
+            _chart(
+                f"Longest wait in the last ten minutes: at most {seconds(max(waits))}",
+                f'<span><i class="key wait"></i>Longest wait</span><b>at most {seconds(max(waits))}</b>',
+                _area("wait", samples, waits, max([0.1, *waits])),
+            ),
+        ]
+    )
+
+
+def _chart(label: str, caption: str, shapes: str) -> str:
+    return (
+        f'<figure><figcaption>{caption}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'preserveAspectRatio="none" role="img" aria-label="{label}">{shapes}</svg>'
+        '<div class="axis" aria-hidden="true"><span>10 min ago</span><span>now</span></div></figure>'
+    )
+
+
+def _area(name: str, samples: Sequence[dict[str, Any]], values: Sequence[float], top: float) -> str:
+    """Return the area under `values` as a path: each since the one before; a gap in the samples is one there, too."""
+    path, last = "", float("-inf")
+    for sample, value in zip(samples, values, strict=True):
+        x, y = WIDTH * (1 - sample["ago"] / SPAN), HEIGHT * (1 - value / top)
+        if x - last > 3 * STEP:
+            path += f"{_END if path else ''}M{x - STEP:.1f} {HEIGHT}"
+        path += f"V{y:.1f}H{x:.1f}"
+        last = x
+    return f'<path class="{name}" d="{path}{_END}"/>'
+
+
+#: The end of a run of samples: down to the axis, and back along it.
+_END = f"V{HEIGHT}Z"

@@ -1,0 +1,140 @@
+"""Pyramid: `config.include("zpgpool")` reads the settings `zpgpool.*`, and gives each request its `pgconn`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from typing import TYPE_CHECKING
+
+from .datamanager import connection as get_transactions_connection
+from .interfaces import IConnectionPool
+from .registry import get_pool
+from .registry import make_pool
+from .registry import query_pool
+from .settings import convert_with
+from .settings import count
+from .settings import list_known
+from .settings import read_options
+from .settings import SettingError
+from .settings import TABLE
+from .wsgi import _key
+from .wsgi import current_lease
+from .wsgi import get_connection as get_requests_connection
+from .wsgi import PoolMiddleware
+
+
+try:
+    from pyramid.interfaces import IExecutionPolicy
+    from pyramid.router import default_execution_policy
+except ImportError as error:
+    raise ImportError(f"zpgpool.pyramid needs the extra zpgpool[pyramid]: {error}") from None
+
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+
+
+PREFIX = "zpgpool."
+
+#: The options that are not the pool's, and their defaults.
+OWN_OPTIONS = {"pool": "persistent", "retry_after": "5"}
+
+KNOWN = {*OWN_OPTIONS, *TABLE, "dsn"} - {"name"}
+
+#: After the actions of those who set an execution policy themselves, pyramid_retry for one.
+LAST = 1000
+
+
+def includeme(config: Any) -> None:
+    """Make the pools that the settings describe, register them in the application's registry, and serve them.
+
+    `zpgpool.dsn` and `zpgpool.maxconn` are about the unnamed pool, which is `request.pgconn`'s, `zpgpool.reports.dsn`
+    about the pool `reports`. Without any of them the unnamed pool is served that the application registered itself.
+
+    Raises SettingError for what is unknown, missing or cannot be, naming it.
+    """
+    served = {name: _include(config, name, options) for name, options in _collect(config.get_settings()).items()}
+
+    def serve() -> None:
+        policy = config.registry.queryUtility(IExecutionPolicy, default=default_execution_policy)
+        config.registry.registerUtility(_serving(policy, served, config.registry), IExecutionPolicy)
+
+    config.action(None, serve, order=LAST)
+    # Not reified: after the commit, and in a streamed body, it is another one.
+    config.add_request_method(get_connection, "pgconn", property=True)
+
+
+def get_connection(request: Any, name: str = "") -> Connection:
+    """Return the connection to the pool `name` for `request`: what `request.pgconn` is.
+
+    While a transaction of `request.tm` is the request's (pyramid_tm, repoze.tm2, or a script), it is that
+    transaction's, which commits it or rolls it back. Otherwise it is the request's own until its body is closed: what
+    it does not commit itself is rolled back.
+    """
+    environ, registry = request.environ, request.registry
+    tm = getattr(request, "tm", None)
+    is_served = _key(name) in environ
+    if "tm.active" in environ or "repoze.tm.active" in environ or (tm is not None and not is_served):
+        return get_transactions_connection(name, tm, registry)
+    if not is_served and (lease := current_lease(get_pool(name, registry))):
+        return lease.connection()  # a subrequest: its environ is not its request's
+    return get_requests_connection(environ, name)
+
+
+def _collect(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of each pool."""
+    pools: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        if key.startswith(PREFIX):
+            name, _, option = key.removeprefix(PREFIX).rpartition(".")
+            pools.setdefault(name, {})[option.replace("-", "_")] = value
+    return pools or {"": {}}
+
+
+def _include(config: Any, name: str, options: Mapping[str, Any]) -> int:
+    """Have the pool `name` made when the configuration is committed, and return its `retry_after`."""
+    prefix = f"{PREFIX}{name}." if name else PREFIX
+    try:
+        if "name" in options:
+            raise SettingError("option 'name': a pool's name stands before its options, as in zpgpool.reports.dsn")
+        own = OWN_OPTIONS | {option: value for option, value in options.items() if option in OWN_OPTIONS}
+        retry_after: int = convert_with(count, "retry_after", own["retry_after"])
+        settings, libpq = read_options(options, OWN_OPTIONS)
+        if not libpq and options.keys() - {"retry_after"}:
+            raise SettingError(f"option 'dsn' is missing ({list_known(KNOWN)})")
+    except SettingError as error:
+        raise SettingError(f"setting {prefix}*: {error}") from None
+
+    def register() -> None:
+        try:
+            if libpq:
+                make_pool(own["pool"], settings | {"name": name}, libpq, config.registry)
+            elif query_pool(name, config.registry) is None:
+                raise SettingError(
+                    f"option 'dsn' is missing, and no pool is registered as {name!r} in the application's registry "
+                    f"({list_known(KNOWN)})"
+                )
+        except SettingError as error:
+            raise SettingError(f"setting {prefix}*: {error}") from None
+
+    config.action(("utility", IConnectionPool, name), register)  # as in ZCML: a pool there conflicts with this one
+    return retry_after
+
+
+def _serving(policy: Any, served: Mapping[str, int], registry: Any) -> Any:
+    """Return an execution policy: `policy`, with the pools' connections for the time of each request."""
+
+    def execute(environ: Any, router: Any) -> Any:
+        # The router calls what it gets as a WSGI application. So the middleware has the body, too, which no callback
+        # of Pyramid sees, and all attempts of pyramid_retry.
+        def app(environ: Any, start_response: Any) -> Any:
+            return policy(environ, router)(environ, start_response)
+
+        if "repoze.tm.active" in environ:
+            return app  # it commits later than this request ends, and its transaction has the connection until then
+        outermost: Any = app
+        for name, retry_after in served.items():
+            outermost = PoolMiddleware(outermost, name=name, retry_after=retry_after, registry=registry)
+        return outermost
+
+    return execute

@@ -1,0 +1,111 @@
+"""Pools and their factories as utilities.
+
+Every function takes the registry to use, any `zope.interface.registry.Components`; without one it is the global one:
+not the current site's, which depends on the thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zope.component import getGlobalSiteManager
+from zope.interface import directlyProvides
+from zope.interface.interfaces import ComponentLookupError
+from zope.interface.registry import Components
+
+from .base import AbstractConnectionPool
+from .errors import PoolError
+from .interfaces import IConnectionPool
+from .interfaces import IConnectionPoolFactory
+from .pool import PersistentConnectionPool
+from .pool import SimpleConnectionPool
+from .pool import ThreadedConnectionPool
+from .settings import SettingError
+
+
+FACTORIES: dict[str, type[AbstractConnectionPool]] = {
+    "simple": SimpleConnectionPool,
+    "threaded": ThreadedConnectionPool,
+    "persistent": PersistentConnectionPool,
+}
+
+for factory in FACTORIES.values():
+    directlyProvides(factory, IConnectionPoolFactory)
+
+
+def register_factories(registry: Components | None = None) -> None:
+    """Register the pool classes as `IConnectionPoolFactory` utilities `simple`, `threaded` and `persistent`.
+
+    May be repeated; a factory that somebody else has registered under one of these names stays.
+    """
+    registry = getGlobalSiteManager() if registry is None else registry  # a registry may be an empty dict, too
+    for name, factory in FACTORIES.items():
+        if registry.queryUtility(IConnectionPoolFactory, name) is None:
+            registry.registerUtility(factory, IConnectionPoolFactory, name)
+
+
+def register_pool(pool: IConnectionPool, name: str = "", registry: Components | None = None, *, info: str = "") -> None:
+    """Register `pool` as the `IConnectionPool` utility `name`; `info` says what asked for that, and where.
+
+    Raises PoolError when the name is taken: the pool there may be in use, and nobody would close it. One in a base of
+    the registry is left alone, and hidden here.
+    """
+    registry = getGlobalSiteManager() if registry is None else registry
+    own: Any = registry
+    if own.utilities.registered((), IConnectionPool, name) is not None:
+        raise PoolError(f"a pool is registered as {name!r} already: unregister_pool({name!r}) first")
+    registry.registerUtility(pool, IConnectionPool, name, info)
+
+
+def make_pool(
+    kind: str,
+    settings: Mapping[str, Any],
+    libpq: Mapping[str, Any],
+    registry: Components | None = None,
+    *,
+    kind_option: str = "pool",
+    info: str = "",
+) -> IConnectionPool:
+    """Make a pool by the factory that is registered as `kind`, and register it: what every front end does.
+
+    `settings` and `libpq` are as `read_options` returns them, `kind_option` is the name that the user has for `kind`.
+    Nothing connects. Raises SettingError when there is no such factory, or the name is taken.
+    """
+    registry = getGlobalSiteManager() if registry is None else registry
+    register_factories(registry)
+    factory = registry.queryUtility(IConnectionPoolFactory, kind)
+    if factory is None:
+        kinds = ", ".join(sorted(name for name, _ in registry.getUtilitiesFor(IConnectionPoolFactory)))
+        raise SettingError(f"option {kind_option!r}: expected one of {kinds}, got {kind!r}")
+    pool: IConnectionPool = factory(open=False, **settings, **libpq)
+    try:
+        register_pool(pool, settings["name"], registry, info=info)
+    except PoolError as error:
+        raise SettingError(f"option 'name': {error}") from None
+    return pool
+
+
+def get_pool(name: str = "", registry: Components | None = None) -> IConnectionPool:
+    """Return the pool registered as `name`. Raises ComponentLookupError, naming those that are."""
+    registry = getGlobalSiteManager() if registry is None else registry
+    pool = query_pool(name, registry)
+    if pool is None:
+        known = ", ".join(repr(known) for known, _ in sorted(registry.getUtilitiesFor(IConnectionPool))) or "none"
+        raise ComponentLookupError(f"no pool is registered as {name!r} (registered: {known})")
+    return pool
+
+
+def query_pool(name: str = "", registry: Components | None = None) -> IConnectionPool | None:
+    """Return the pool registered as `name`, or None."""
+    registry = getGlobalSiteManager() if registry is None else registry
+    return registry.queryUtility(IConnectionPool, name)
+
+
+def unregister_pool(name: str = "", registry: Components | None = None) -> IConnectionPool:
+    """Unregister the pool `name` and return it, open as it was. Raises ComponentLookupError when there is none."""
+    registry = getGlobalSiteManager() if registry is None else registry
+    pool = get_pool(name, registry)
+    if not registry.unregisterUtility(pool, IConnectionPool, name):
+        raise ComponentLookupError(f"{name!r} is registered in a base of this registry, not in itself")
+    return pool

@@ -1,0 +1,374 @@
+"""The settings of a pool: one table for every door (keywords, ini files, ZCML, the command line, the reference page).
+
+Knows nothing of who reads it. A value may come as text (from a file) or as itself (from Python); what is refused is
+refused with the name of the option, never with the text of a connection string.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from importlib import import_module
+from typing import Any
+from typing import Literal
+
+import psycopg2
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import make_dsn
+from psycopg2.extensions import parse_dsn
+
+
+class SettingError(ValueError):
+    """An option is unknown, missing, or has a value that it cannot have."""
+
+
+NOTHING = ("", "none")
+
+
+def is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in NOTHING)
+
+
+def number(value: object) -> float:
+    """Return a finite number, 0 or more."""
+    result = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            result = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if not (math.isfinite(result) and result >= 0):
+        raise ValueError("a number, 0 or more")
+    return result
+
+
+def interval(value: object) -> float:
+    """Return a finite number above 0."""
+    try:
+        result = number(value)
+    except ValueError:
+        result = 0.0
+    if result == 0:
+        raise ValueError("a number above 0")
+    return result
+
+
+def count(value: object) -> int:
+    """Return a whole number, 0 or more."""
+    try:
+        result = number(value)
+    except ValueError:
+        result = 0.5
+    if not result.is_integer():
+        raise ValueError("a whole number, 0 or more")
+    return int(result)
+
+
+def flag(value: object) -> bool:
+    """Return a truth value."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    result = words.get(str(value).strip().lower())
+    if result is None:
+        raise ValueError("true or false")
+    return result
+
+
+def text(value: object) -> str:
+    """Return text."""
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+LEVELS = ("read uncommitted", "read committed", "repeatable read", "serializable")
+
+
+def level(value: object) -> str:
+    """Return the name of an isolation level as SQL has it."""
+    result = str(value).strip().lower().replace("-", " ").replace("_", " ")
+    if result not in LEVELS:
+        raise ValueError(f"one of {', '.join(LEVELS)}")
+    return result.upper()
+
+
+POOLERS = ("pgbouncer-session", "pgbouncer-transaction")
+
+
+def pooler(value: object) -> str:
+    """Return what stands between the pool and the server."""
+    if value not in POOLERS:
+        raise ValueError(f"one of {', '.join(POOLERS)}")
+    return str(value)
+
+
+def hook(value: object) -> Callable[..., object]:
+    """Return a callable, given itself or by its dotted name: `package.module:function`, or with a dot there."""
+    if isinstance(value, str):
+        module, _, attribute = value.strip().replace(":", ".").rpartition(".")
+        try:
+            value = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"a dotted name that can be imported ({error})") from None
+    if not callable(value):
+        raise ValueError("a callable, or its dotted name")
+    return value
+
+
+def reset_hook(value: object) -> object:
+    """Return "discard", or a callable."""
+    if value == "discard":
+        return value
+    try:
+        return hook(value)
+    except ValueError as error:
+        raise ValueError(f"'discard', or {error}") from None
+
+
+def optional(convert: Callable[[object], Any]) -> Callable[[object], Any]:
+    """Return a converter that knows None, too (in files: `none`, or nothing)."""
+
+    def convert_or_none(value: object) -> Any:
+        if is_nothing(value):
+            return None
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or none") from None
+
+    return convert_or_none
+
+
+Reset = Literal["discard"] | Callable[[Connection], object] | None
+
+
+def row(convert: Callable[[object], Any], default: object, unit: str, help: str, *, in_files: object = ...) -> Any:
+    """Return a row of the table.
+
+    `convert` takes text or a value and returns the value, or raises ValueError saying what it expects; `default` is
+    for Python, `in_files` for the front ends, where that differs.
+    """
+    in_files = default if in_files is ... else in_files
+    return field(
+        default=default, metadata={"convert": convert, "in_files": in_files, "unit": unit, "help": help}, kw_only=True
+    )
+
+
+@dataclass
+class PoolSettings:
+    """The settings of one pool. Raises SettingError for a value that cannot be."""
+
+    minconn: int = row(count, ..., "connections", "opened at the start, and kept open", in_files=0)
+    maxconn: int = row(count, ..., "connections", "never more than these are open or being opened", in_files=10)
+    idle_timeout: float | None = row(
+        optional(number),
+        0.0,
+        "seconds",
+        "how long an unused connection is kept; 0: not at all, beyond minconn; none: for ever",
+        in_files=600.0,
+    )
+    timeout: float = row(
+        number, 0.0, "seconds", "how long a getconn() may wait in all; 0: it raises at once", in_files=30.0
+    )
+    max_waiting: int | None = row(
+        optional(count), None, "threads", "how many may wait at a time; one more gets TooManyRequests at once"
+    )
+    max_lifetime: float | None = row(
+        optional(interval),
+        None,
+        "seconds",
+        "how long a connection is used before a new one takes its place; up to 5 % less, at random",
+        in_files=3600.0,
+    )
+    check: Callable[[Connection], object] | None = row(
+        optional(hook), None, "callable", "gets each parked connection before a user does; raises when it is of no use"
+    )
+    check_idle: float | None = row(
+        optional(number),
+        1.0,
+        "seconds",
+        "a connection that rested longer must answer a ping; none: only its socket is looked at",
+    )
+    configure: Callable[[Connection], object] | None = row(
+        optional(hook), None, "callable", "gets each new connection, to set up its session"
+    )
+    reset: Reset = row(
+        optional(reset_hook),
+        None,
+        "discard or callable",
+        "done to a returned connection after the rollback; discard: DISCARD ALL",
+    )
+    autocommit: bool | None = row(optional(flag), None, "true or false", "the session that every user gets")
+    isolation_level: str | None = row(optional(level), None, "name", "the session that every user gets")
+    readonly: bool | None = row(optional(flag), None, "true or false", "the session that every user gets")
+    pooler: str | None = row(
+        optional(pooler), None, "name", "what stands before the server; refuses settings that cannot be kept behind it"
+    )
+    twophase: bool = row(
+        flag, False, "true or false", "transactions joined by zpgpool.datamanager commit in two phases (PREPARE)"
+    )
+    prune_interval: float = row(interval, 30.0, "seconds", "between two rounds of the timer, at most")
+    leak_after: float | None = row(
+        optional(interval), None, "seconds", "who holds a connection longer is logged: thread, request, source line"
+    )
+    hold_limit: float | None = row(
+        optional(interval), None, "seconds", "whose query is cancelled, and connection ended, after holding it so long"
+    )
+    name: str = row(text, "", "text", "the pool's name in logs and messages, and as a utility")
+
+    def __post_init__(self) -> None:
+        for name in TABLE:
+            setattr(self, name, convert(name, getattr(self, name)))
+        check_sizes(self.minconn, self.maxconn)
+        if self.twophase and self.autocommit:
+            raise SettingError("option 'twophase' cannot be kept with option 'autocommit': there is no transaction")
+        self._check_pooler()
+
+    def _check_pooler(self) -> None:
+        """Refuse what a pooler makes untrue (PgBouncer documentation, "SQL feature map for pooling modes")."""
+        refused = {}
+        if self.pooler is not None:
+            # The server's session is not the pool's: after a crash nobody could tell whose transaction is prepared.
+            refused["twophase"] = self.twophase
+        if self.pooler == "pgbouncer-transaction":
+            # They would change whichever session of the server comes next, for whoever has it then.
+            refused["reset"] = self.reset == "discard"
+            refused["isolation_level"] = bool(self.autocommit and self.isolation_level)
+            refused["readonly"] = bool(self.autocommit and self.readonly is not None)
+        for name, is_refused in refused.items():
+            if is_refused:
+                which = " with autocommit" if name in ("isolation_level", "readonly") else ""
+                raise SettingError(f"option {name!r}{which} cannot be kept with option 'pooler' {self.pooler!r}")
+
+
+TABLE = {each.name: each for each in fields(PoolSettings)}
+
+
+def check_sizes(minconn: int, maxconn: int) -> None:
+    """Raise SettingError for limits that no pool can keep."""
+    if maxconn == 0 or minconn > maxconn:
+        raise SettingError(f"maxconn must be 1 or more, and minconn not above it: got {minconn} and {maxconn}")
+
+
+#: What `psycopg2.connect()` takes besides libpq's keywords.
+CONNECT_KEYWORDS = ("dsn", "connection_factory", "cursor_factory")
+
+
+def convert(name: str, value: object) -> Any:
+    """Return the value of setting `name`. Raises SettingError."""
+    return convert_with(TABLE[name].metadata["convert"], name, value)
+
+
+def convert_with(convert: Callable[[object], Any], name: str, value: object) -> Any:
+    """Return what `convert` makes of the value of option `name`. Raises SettingError."""
+    try:
+        return convert(value)
+    except ValueError as error:
+        raise SettingError(f"option {name!r}: expected {error}, got {value!r}") from None
+
+
+def is_libpq_keyword(name: str) -> bool:
+    """Whether libpq knows `name` as part of a connection string (PostgreSQL documentation, section 32.1.2)."""
+    try:
+        make_dsn(**{name: "x"})
+    except (psycopg2.ProgrammingError, TypeError):
+        return False
+    return True
+
+
+def read_environment(dsn: Any) -> Any:
+    """Return `dsn`, or, where it is `ENV:NAME`, what the environment has under NAME.
+
+    Raises SettingError when the environment has nothing there.
+    """
+    if not isinstance(dsn, str) or not dsn.startswith("ENV:"):
+        return dsn
+    name = dsn.removeprefix("ENV:").strip()
+    if not os.environ.get(name):
+        raise SettingError(f"option 'dsn': the environment has no variable {name!r}")
+    return os.environ[name]
+
+
+def check_dsn(dsn: Any) -> None:
+    """Raise SettingError when libpq cannot read `dsn`, without showing any of it."""
+    try:
+        parse_dsn(dsn)
+    except (psycopg2.Error, TypeError):
+        raise SettingError("option 'dsn': libpq cannot read this connection string") from None
+
+
+#: The parts of a connection string that tell where the server is, and who comes there.
+PRIVATE = ("password", "user", "host", "hostaddr", "dbname", "service", "passfile", "sslpassword", "sslkey")
+
+QUOTED = re.compile(r'"[^"]*"|«[^»]*»|»[^«]*«|„[^“]*“|\([0-9a-f.:]+\)')
+
+
+def scrub(text: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
+    """Return a message of libpq or the server without what `psycopg2.connect(*args, **keywords)` told them.
+
+    Without what they quote, too: the default of a part that is not given is quoted as well.
+    """
+    libpq = {name: value for name, value in keywords.items() if name not in ("connection_factory", "cursor_factory")}
+    try:
+        parts = parse_dsn(make_dsn(*args[:1], **libpq))
+    except (psycopg2.Error, TypeError):
+        parts = {}
+    values = {part for name in PRIVATE if name in parts for part in (parts[name], *parts[name].split(","))}
+    for value in sorted(values - {""}, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "***", text)
+    return QUOTED.sub('"***"', text)
+
+
+def sort_keywords(
+    args: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
+    """Sort what a pool is constructed with: its own options, and what goes to `psycopg2.connect()`.
+
+    Raises SettingError for a keyword that nobody knows.
+    """
+    options = {name: value for name, value in keywords.items() if name in TABLE}
+    connect = {name: value for name, value in keywords.items() if name not in TABLE}
+    strange = [name for name in connect if name not in CONNECT_KEYWORDS and not is_libpq_keyword(name)]
+    if strange:
+        raise unknown(strange, {*TABLE, *CONNECT_KEYWORDS, "open"})
+    if "dsn" in connect:
+        connect["dsn"] = read_environment(connect["dsn"])
+    return options, tuple(read_environment(arg) for arg in args), connect
+
+
+def unknown(names: Collection[str], known: Collection[str]) -> SettingError:
+    """Return the error for options that nobody knows."""
+    name = min(names)
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    return SettingError(f"unknown option {name!r}{hint} ({list_known(known)})")
+
+
+def list_known(names: Collection[str]) -> str:
+    """Return what an error says of the options that there are."""
+    return f"known: {', '.join(sorted(names))}, and libpq's connection keywords"
+
+
+def read_options(options: Mapping[str, str], also_known: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort a front end's text options into settings of the table, with its defaults, and libpq's connection keywords.
+
+    `also_known` are the front end's own options: left out, but named among the known ones.
+    Raises SettingError for an unknown name, a bad value, or a connection string that libpq cannot read.
+    """
+    libpq = {name: value for name, value in options.items() if name not in TABLE and name not in also_known}
+    strange = [name for name in libpq if name != "dsn" and not is_libpq_keyword(name)]
+    if strange:
+        raise unknown(strange, {*TABLE, *also_known, "dsn"})
+    if "dsn" in libpq:
+        libpq["dsn"] = read_environment(libpq["dsn"])
+        check_dsn(libpq["dsn"])
+    settings = {name: convert(name, options.get(name, row.metadata["in_files"])) for name, row in TABLE.items()}
+    check_sizes(settings["minconn"], settings["maxconn"])
+    return settings, libpq

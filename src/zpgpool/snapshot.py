@@ -1,0 +1,167 @@
+"""What is to be seen of pools at a moment, as plain data: for the page, for JSON, for the terminal.
+
+Takes no pooled connection: the server is asked over one of its own, for a short time.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Collection
+from collections.abc import Iterable
+from contextlib import closing
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from datetime import timezone
+from time import monotonic
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import POLL_OK
+from psycopg2.extensions import POLL_READ
+from zope.component import getGlobalSiteManager
+from zope.interface.registry import Components
+
+from .entry import one_line
+from .history import history_of
+from .interfaces import IConnectionPool
+
+
+#: How long the servers of all pools together may be asked, in seconds; a statement there takes half of that at most.
+LOOK = 2.0
+
+#: How many characters of a text of somebody else's are shown.
+LONGEST = 300
+
+#: SET LOCAL holds to the end of the string, which the server takes for one transaction.
+ACTIVITY = """
+SET LOCAL statement_timeout = '1s';
+SELECT pid, pid = pg_backend_pid(), application_name, state, wait_event_type, wait_event,
+       extract(epoch FROM clock_timestamp() - query_start)::float8,
+       CASE wait_event_type WHEN 'Lock' THEN pg_blocking_pids(pid) END,
+       CASE WHEN %s THEN query END
+FROM pg_stat_activity WHERE pid = ANY(%s) OR pid = pg_backend_pid()
+"""
+
+SERVER_COLUMNS = ("application_name", "state", "wait_event_type", "wait_event", "seconds", "blocked_by", "query")
+
+
+class NoAnswer(Exception):
+    """What the server cannot be asked; the message is one line, without a secret."""
+
+
+def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
+    """Return the registered pools by their names."""
+    registry = getGlobalSiteManager() if registry is None else registry
+    return sorted(registry.getUtilitiesFor(IConnectionPool), key=lambda each: each[0])
+
+
+def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -> dict[str, Any]:
+    """Return what is to be seen of `pools`, (name, pool) pairs, at `now` (monotonic seconds): numbers, text, None.
+
+    show_sql -- with the text of the queries that the holders run.
+    """
+    until = monotonic() + LOOK
+    return {
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "process": os.getpid(),
+        "pools": [_take(name, pool, now, until, show_sql) for name, pool in pools],
+    }
+
+
+def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dict[str, Any]:
+    history = history_of(pool)
+    history.tend(now)
+    stats = pool.get_stats()
+    holders = [asdict(holder) for holder in pool.holders()]
+    waiters = [asdict(waiter) for waiter in pool.waiters()]
+    for each in (*holders, *waiters):
+        each.update({key: readable(value) for key, value in each.items() if isinstance(value, str)})
+    server_note = "" if pool.closed else _join_server(pool, holders, until, show_sql)
+    return {
+        "name": readable(name),
+        "kind": type(pool).__name__,
+        "is_closed": pool.closed,
+        "max": stats["pool_max"],
+        "min": stats["pool_min"],
+        "size": stats["pool_size"],
+        "idle": stats["pool_available"],
+        "used": max(0, stats["pool_size"] - stats["pool_available"]),
+        "waiting": len(waiters),
+        "outage": readable(pool.scrub(one_line(pool.outage))) if pool.outage else "",
+        "server_note": server_note,
+        "holders": sorted(holders, key=lambda each: -each["seconds"]),
+        "waiters": waiters,
+        "tales": [
+            {
+                "at": datetime.fromtimestamp(tale.at, timezone.utc).isoformat(timespec="seconds"),
+                "kind": tale.kind,
+                "text": readable(tale.text, 4 * LONGEST),
+                "count": tale.count,
+            }
+            for tale in reversed(history.tales)
+        ],
+        "samples": [
+            {"ago": now - at, "used": used, "idle": idle, "waiting": waiting, "wait": wait}
+            for at, used, idle, waiting, wait in list(history.samples)
+        ],
+        "stats": stats,
+    }
+
+
+def readable(text: str, most: int = LONGEST) -> str:
+    """Return text of somebody else's fit for a page or a terminal: short, decoded, without control characters."""
+    with suppress(UnicodeError):
+        text = text.encode("latin-1").decode()  # as WSGI has what the client sent (PEP 3333, "Unicode Issues")
+    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text[:most])
+    return shown if len(text) <= most else f"{shown}…"
+
+
+# The server ----------------------------------------------------------------------------------------------------------
+
+
+def _join_server(pool: Any, holders: list[dict[str, Any]], until: float, show_sql: bool) -> str:
+    """Add to each holder what the server says of its backend, as `server`; return why that is missing, if it is."""
+    found, note = {}, ""
+    if pids := [holder["backend_pid"] for holder in holders if holder["backend_pid"]]:
+        try:
+            found = ask_server(pool, pids, until, show_sql)
+        except NoAnswer as error:
+            note = str(error)
+    for holder in holders:
+        holder["server"] = found.get(holder["backend_pid"])
+    return note
+
+
+def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = False) -> dict[int, dict[str, Any]]:
+    """Return what pg_stat_activity has of these backends, over a connection of its own that is closed again.
+
+    Raises NoAnswer, at `until` (monotonic seconds) at the latest.
+    """
+    try:
+        # Asynchronous: no deadline of libpq's ends a connect, or a query, to a server that has fallen silent.
+        with closing(pool.connect_aside(async_=True, application_name="zpgpool status")) as conn:
+            _wait(conn, until)
+            with conn.cursor() as cursor:
+                cursor.execute(ACTIVITY, (show_sql, list(pids)))
+                _wait(conn, until)
+                rows = cursor.fetchall()
+            own_pid = conn.get_backend_pid()
+    except TimeoutError:
+        raise NoAnswer("the server does not answer") from None
+    except (psycopg2.Error, OSError, UnicodeError) as error:
+        raise NoAnswer(readable(pool.scrub(one_line(error)))) from None
+    if own_pid not in [pid for pid, is_own, *_ in rows if is_own]:
+        raise NoAnswer("a pooler is in between: the server knows these backends by other numbers")
+    shown = {pid: [readable(value) if isinstance(value, str) else value for value in rest] for pid, _, *rest in rows}
+    return {pid: dict(zip(SERVER_COLUMNS, values, strict=True)) for pid, values in shown.items()}
+
+
+def _wait(conn: Any, until: float) -> None:
+    """Wait until a connect or query has ended. Raises TimeoutError at `until`."""
+    while (state := conn.poll()) != POLL_OK:
+        poll = select.poll()  # a new one: while it connects, the socket may become another one
+        poll.register(conn, select.POLLIN if state == POLL_READ else select.POLLOUT)
+        if not poll.poll(max(0.0, until - monotonic()) * 1000):
+            raise TimeoutError

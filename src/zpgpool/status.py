@@ -1,0 +1,149 @@
+"""The status page: who holds which connection, since when, and why others wait. Also as JSON, and for Prometheus.
+
+Closed to everyone but this machine, and whoever has the token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib.resources import files
+from string import Template
+from time import monotonic
+from typing import Any
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from webob import Request
+from webob import Response
+from zope.interface.registry import Components
+
+from .history import begin
+from .history import history_of
+from .page import draw
+from .page import title
+from .snapshot import list_pools
+from .snapshot import take
+
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
+    from wsgiref.types import WSGIEnvironment
+
+
+POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+#: What a proxy adds: its address says nothing of who asks then.
+FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP")
+
+STATIC = {"/status.css": "text/css", "/status.js": "text/javascript", "/icon.svg": "image/svg+xml"}
+
+
+class StatusApp:
+    """Shows the pools of this process: `/` the page, `/json` the same as data, `/metrics` for Prometheus.
+
+    token -- opens it to whoever sends `Authorization: Bearer <token>`; without, only this machine's own addresses do,
+        and those not for a request that came through a proxy.
+    show_sql -- with the text of the queries that run.
+    registry -- where the pools are registered; by default the global registry.
+    """
+
+    def __init__(self, token: str | None = None, show_sql: bool = False, registry: Components | None = None) -> None:
+        folder = files(__package__) / "pages"
+        self._page = Template((folder / "status.html").read_text("utf-8"))
+        self._static = {path: (folder / path[1:]).read_bytes() for path in STATIC}
+        self._token = token.encode() if token else None
+        self._show_sql = show_sql
+        self._registry = registry
+        self._metrics = _exposition(registry)
+        begin()
+        for _, pool in list_pools(registry):
+            history_of(pool)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        response = self._answer(environ)
+        response.headers.update(HEADERS)  # type: ignore[arg-type]  # the stubs want a class of theirs
+        return response(environ, start_response)
+
+    def _answer(self, environ: WSGIEnvironment) -> Response:
+        path = environ.get("PATH_INFO") or "/"
+        pages: dict[str, Callable[[WSGIEnvironment], Response] | None] = dict.fromkeys(STATIC, self._file)
+        pages |= {"/": self._front, "/json": self._json, "/metrics": self._metrics}
+        page = pages.get(path) if self._is_open_to(environ) else None
+        if page is None:
+            return Response("Not found\n", status=404, content_type="text/plain", charset="utf-8")
+        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+            return Response(
+                "Only GET and HEAD\n", status=405, content_type="text/plain", charset="utf-8", allow="GET, HEAD"
+            )
+        return page(environ)
+
+    def _is_open_to(self, environ: Mapping[str, Any]) -> bool:
+        scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if self._token is not None and scheme.lower() == "bearer":
+            if hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token):
+                return True
+        return not any(name in environ for name in FORWARDED) and _is_loopback(environ.get("REMOTE_ADDR", ""))
+
+    def _front(self, environ: WSGIEnvironment) -> Response:
+        offers = Request(environ).accept.acceptable_offers(["text/html", "application/json"])
+        if offers and offers[0][0] == "application/json":
+            return self._json(environ)
+        snapshot = self._take()
+        root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
+        links = f' · <a href="{root}/metrics">Metrics</a>' if self._metrics else ""
+        text = self._page.substitute(title=title(snapshot), root=root, links=links, main=draw(snapshot))
+        return Response(text, content_type="text/html", charset="utf-8", vary="Accept")
+
+    def _json(self, environ: WSGIEnvironment) -> Response:
+        return Response(json.dumps(self._take()).encode(), content_type="application/json", vary="Accept")
+
+    def _file(self, environ: WSGIEnvironment) -> Response:
+        path = environ["PATH_INFO"]
+        return Response(self._static[path], content_type=STATIC[path], charset="utf-8")
+
+    def _take(self) -> dict[str, Any]:
+        return take(list_pools(self._registry), monotonic(), self._show_sql)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # a unix socket has none: who is behind it is not known
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _exposition(registry: Components | None) -> Any:
+    """Return what answers `/metrics`, or None without the extra `metrics`."""
+    try:
+        from prometheus_client import CollectorRegistry
+        from prometheus_client import CONTENT_TYPE_LATEST
+        from prometheus_client import generate_latest
+    except ImportError:
+        return None
+    from .metrics import PoolCollector
+
+    collectors = CollectorRegistry()
+    collectors.register(PoolCollector(registry))
+
+    def answer(environ: WSGIEnvironment) -> Response:
+        response = Response(generate_latest(collectors))
+        response.headers["Content-Type"] = CONTENT_TYPE_LATEST
+        return response
+
+    return answer

@@ -1,0 +1,190 @@
+"""`zpgpool top`: the status page of a process in the terminal, live."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import build_opener
+from urllib.request import HTTPRedirectHandler
+from urllib.request import Request
+
+from .page import seconds
+from .page import verdict
+from .snapshot import readable
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+#: How long an answer may take in seconds, and be in bytes.
+TIMEOUT = 10
+LONGEST = 10_000_000
+
+COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+#: How many samples, and tales, a pool shows.
+SAMPLES = 60
+TALES = 5
+
+
+class TopError(Exception):
+    """What the command cannot do, in one line."""
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        """Follow nobody: the token is for one address."""
+
+
+def top(args: argparse.Namespace) -> None:
+    """Show the pools until Ctrl-C, or once. Raises TopError."""
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        raise TopError("rich is missing: pip install 'zpgpool[cli]'") from None
+    request = _request(args.url, args.token)
+    console = Console()
+    if args.once:
+        console.print(draw(fetch(request)))
+        return
+    frame = draw(fetch(request))
+    try:
+        with Live(frame, console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(args.every)
+                try:
+                    frame = draw(fetch(request))
+                except TopError as error:
+                    live.update(_failed(str(error), frame), refresh=True)
+                else:
+                    live.update(frame, refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def _request(url: str, token: str | None) -> Request:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TopError("the URL is that of a status page, as http://localhost:8080/status")
+    path = parts.path.rstrip("/").removesuffix("/json")
+    request = Request(parts._replace(path=f"{path}/json", query="", fragment="").geturl())
+    if token is not None:
+        name = token.removeprefix("ENV:")
+        if not token.startswith("ENV:") or not os.environ.get(name):
+            raise TopError("--token is ENV:NAME, where the environment has NAME")
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ[name]}")
+    return request
+
+
+def fetch(request: Request) -> dict[str, Any]:
+    """Return the snapshot that the status page has. Raises TopError."""
+    try:
+        with build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as answer:
+            snapshot = _clean(json.loads(answer.read(LONGEST)))
+            if not isinstance(snapshot["pools"], list):
+                raise TypeError
+            return dict(snapshot)
+    except HTTPError as error:
+        error.close()
+        hint = ": is this its address, and may this machine see it?" if error.code == 404 else ""
+        raise TopError(f"the server answers {error.code}{hint}") from None
+    except URLError as error:
+        raise TopError(f"no answer: {error.reason}") from None
+    except OSError as error:
+        raise TopError(f"no answer: {error}") from None
+    except (ValueError, TypeError, KeyError):
+        raise TopError("what answers there is no status page of zpgpool") from None
+
+
+def _clean(value: Any) -> Any:
+    """Return JSON data without what a terminal would obey."""
+    if isinstance(value, str):
+        return readable(value, 2000)
+    if isinstance(value, dict):
+        return {key: _clean(each) for key, each in value.items()}
+    return [_clean(each) for each in value] if isinstance(value, list) else value
+
+
+def draw(snapshot: dict[str, Any]) -> Group:
+    """Return what rich prints of a snapshot. Raises TopError when it is none."""
+    from rich.console import Group
+    from rich.text import Text
+
+    try:
+        parts = [part for pool in snapshot["pools"] for part in _pool(pool)]
+    except (TypeError, KeyError, AttributeError):
+        raise TopError("what answers there is no status page of zpgpool, or of another version") from None
+    head = Text(f"process {snapshot.get('process')} at {snapshot.get('at')}", style="dim")
+    return Group(head, *(parts or [Text("No pool is registered.")]))
+
+
+def _failed(error: str, frame: Group) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(Text(f"{time.strftime('%H:%M:%S')} {error}", style="bold red"), frame)
+
+
+def _pool(pool: dict[str, Any]) -> Iterator[Any]:
+    from rich.text import Text
+
+    mood, words = verdict(pool)
+    yield Text()
+    yield Text.assemble((pool["name"] or "unnamed pool", "bold"), ("  " + pool["kind"], "dim"))
+    yield Text(words, style=COLOURS[mood])
+    samples = pool["samples"][-SAMPLES:]
+    for label, name, most in (("in use ", "used", pool["max"]), ("waiting", "waiting", 1), ("wait   ", "wait", 0.1)):
+        values = [sample[name] for sample in samples]
+        yield Text.assemble((label + " ", "dim"), _bars(values, max([most, *values])))
+    if pool["server_note"]:
+        yield Text(f"without what the server says: {pool['server_note']}", style="yellow")
+    if pool["holders"]:
+        yield _table(("held for", "request", "connection", "server", "at line"), map(_holder, pool["holders"]))
+    if pool["waiters"]:
+        yield _table(("waits for", "request"), [_who(each) for each in pool["waiters"]])
+    if pool["tales"]:
+        tales = [(each["at"], f"{each['kind']} ({each['count']})", each["text"]) for each in pool["tales"]]
+        yield _table(("at", "what", "more"), tales[:TALES])
+
+
+def _bars(values: list[float], most: float) -> str:
+    return "".join(BARS[min(len(BARS) - 1, round(value / most * (len(BARS) - 1)))] for value in values)
+
+
+def _who(each: dict[str, Any]) -> tuple[str, ...]:
+    return seconds(each["seconds"]), each["request"] or each["thread"]
+
+
+def _holder(holder: dict[str, Any]) -> tuple[str, ...]:
+    return *_who(holder), holder["status"], _server(holder), holder["line"]
+
+
+def _server(holder: dict[str, Any]) -> str:
+    server = holder["server"] or {}
+    waits = f"{server.get('wait_event_type')}/{server.get('wait_event')}" if server.get("wait_event") else ""
+    blocked = f"blocked by {server['blocked_by']}" if server.get("blocked_by") else ""
+    return " ".join(part for part in (str(holder["backend_pid"]), server.get("state") or "", waits, blocked) if part)
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*heads, box=None, header_style="dim", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(each) for each in row))
+    return table

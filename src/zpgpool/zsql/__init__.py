@@ -1,0 +1,248 @@
+"""Z SQL Methods over a pool: a database connection object for the Zope Management Interface.
+
+It has what users of `Products.ZPsycopgDA` know, and a pool's name in place of a connection string: the pool is
+configured in ZCML or in the ini file. Statements run on the transaction's connection, see `zpgpool.datamanager`.
+"""
+
+from __future__ import annotations
+
+from time import localtime
+from time import strftime
+from typing import Any
+
+import psycopg2
+from psycopg2 import DATETIME
+from psycopg2 import NUMBER
+from psycopg2 import ROWID
+from psycopg2.extensions import BOOLEAN
+from psycopg2.extensions import DATE
+from psycopg2.extensions import INTEGER
+from psycopg2.extensions import LONGINTEGER
+from psycopg2.extensions import new_type
+from psycopg2.extensions import PYDATETIMETZ
+from psycopg2.extensions import register_type
+from psycopg2.extensions import TIME
+from zope.interface.interfaces import ComponentLookupError
+
+from ..datamanager import connection
+from ..registry import query_pool
+
+
+try:
+    from AccessControl.class_init import InitializeClass
+    from AccessControl.Permissions import change_database_connections
+    from AccessControl.Permissions import use_database_methods
+    from AccessControl.Permissions import view_management_screens
+    from AccessControl.SecurityInfo import ClassSecurityInfo
+    from DateTime import DateTime
+    from Products.PageTemplates.PageTemplateFile import PageTemplateFile
+    from Shared.DC.ZRDB.Connection import Connection as ConnectionBase
+except ImportError as error:
+    raise ImportError(f"zpgpool.zsql needs the extra zpgpool[zsql]: {error}") from None
+
+
+ADD_PERMISSION = "Add zpgpool Database Connections"
+
+#: The letters by which Z SQL Methods tell types, the first that knows a type decides.
+LETTERS = (
+    (INTEGER, "i"),
+    (LONGINTEGER, "i"),
+    (NUMBER, "n"),
+    (BOOLEAN, "n"),
+    (ROWID, "i"),
+    (DATETIME, "d"),
+    (PYDATETIMETZ, "d"),
+    (DATE, "d"),
+    (TIME, "d"),
+)
+
+#: What users see of a database: neither the server's own tables nor other sessions' temporary ones.
+TABLES = """
+    SELECT relname, pg_get_userbyid(relowner), CASE WHEN relkind IN ('v', 'm') THEN 'VIEW' ELSE 'TABLE' END
+    FROM pg_class
+    WHERE relkind IN ('r', 'p', 'f', 'v', 'm') AND pg_table_is_visible(oid)
+        AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+    ORDER BY relname
+"""
+
+COLUMNS = """
+    SELECT attname, format_type(atttypid, atttypmod), typname
+    FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+    WHERE attrelid = to_regclass(quote_ident(%s)) AND attnum > 0 AND NOT attisdropped
+    ORDER BY attnum
+"""
+
+
+def _date_time(text: Any, cursor: object) -> Any:
+    return text if text is None or text.endswith("infinity") else DateTime(text)
+
+
+def _time(text: Any, cursor: object) -> Any:
+    return None if text is None else DateTime(f"{strftime('%Y-%m-%d', localtime())} {text}")
+
+
+#: In place of Python's own: for connection objects that are asked for Zope's DateTime.
+ZOPE_TYPES = (
+    new_type((1114, 1184), "ZDATETIME", _date_time),
+    new_type((1082,), "ZDATE", _date_time),
+    new_type((1083,), "ZTIME", _time),
+)
+
+
+class Database:
+    """What Z SQL Methods talk to, on behalf of one connection object."""
+
+    def __init__(self, pool_name: str, zdatetime: bool) -> None:
+        self.pool_name = pool_name
+        self.zdatetime = zdatetime
+
+    def query(
+        self, query_string: str, max_rows: int | None = None, query_data: Any = None
+    ) -> tuple[list[dict[str, Any]], list[tuple[Any, ...]]]:
+        r"""Run statements, separated by `\0`; return the description of the columns, and the rows of the one SELECT.
+
+        At most `max_rows` of them (all: None or 0). `query_data` are psycopg2's parameters.
+
+        Raises psycopg2's errors as they are: those that a retry may mend are `TransientError`s, too, which Zope
+        retries. After any other the transaction cannot commit: nothing is rolled back, and then half committed.
+        """
+        description: Any = None
+        rows: list[tuple[Any, ...]] = []
+        with connection(self.pool_name).cursor() as cursor:
+            if self.zdatetime:
+                for each in ZOPE_TYPES:
+                    register_type(each, cursor)
+            for statement in filter(None, query_string.split("\0")):
+                cursor.execute(statement, query_data or None)
+                if cursor.description is None:
+                    continue
+                if description is not None and cursor.description != description:
+                    raise psycopg2.ProgrammingError("several SELECTs with different columns in one Z SQL Method")
+                description = cursor.description
+                rows = cursor.fetchmany(max_rows) if max_rows else cursor.fetchall()
+        return [_column(column) for column in description or ()], rows
+
+    def tables(self, rdb: int = 0) -> list[dict[str, str]]:
+        """Return the tables and views that can be named without a schema."""
+        return [{"table_name": name, "owner": owner, "table_type": kind} for name, owner, kind in self._fetch(TABLES)]
+
+    def columns(self, table_name: str) -> list[dict[str, str]]:
+        """Return the columns of a table; none when there is no such table."""
+        return [
+            {"name": name, "type": kind, "owner": "", "short_type": short}
+            for name, kind, short in self._fetch(COLUMNS, table_name)
+        ]
+
+    def _fetch(self, sql: str, *args: str) -> list[tuple[Any, ...]]:
+        with connection(self.pool_name).cursor() as cursor:
+            cursor.execute(sql, args or None)
+            return cursor.fetchall()
+
+
+def _column(column: Any) -> dict[str, Any]:
+    return {
+        "name": column.name,
+        "type": next((letter for type_, letter in LETTERS if column.type_code in type_.values), "s"),
+        "width": column.internal_size,
+        "precision": column.precision,
+        "scale": column.scale,
+        "null": column.null_ok,
+    }
+
+
+class Connection(ConnectionBase):  # type: ignore[misc]  # Zope has no types
+    """A database connection object: the name of a pool, and how its rows are shown."""
+
+    meta_type = "zpgpool Database Connection"
+    database_type = "zpgpool"
+    zmi_icon = "fas fa-database"
+    security = ClassSecurityInfo()
+    _isAnSQLConnection = True  # noqa: N815  (Zope looks for this name)
+    connect_on_load = False
+
+    manage_options = (
+        {"label": "Properties", "action": "manage_main"},
+        *(tab for tab in ConnectionBase.manage_options if tab["label"] not in ("Status", "Properties")),
+        {"label": "Browse", "action": "manage_browse"},
+    )
+    security.declareProtected(view_management_screens, "manage_main")
+    manage_main = manage_properties = PageTemplateFile("edit.pt", globals())
+    security.declareProtected(view_management_screens, "manage_browse")
+    manage_browse = PageTemplateFile("browse.pt", globals())
+
+    def __init__(self, id: str, title: str = "", pool_name: str = "", zdatetime: bool = False) -> None:
+        self.id = id
+        self.edit(title, pool_name, zdatetime)
+
+    @security.protected(change_database_connections)  # type: ignore[untyped-decorator]  # Zope's
+    def edit(self, title: str, pool_name: str = "", zdatetime: bool = False) -> None:
+        """Change the properties."""
+        self.title, self.pool_name, self.zdatetime = title, pool_name.strip(), bool(zdatetime)
+
+    @security.protected(change_database_connections)  # type: ignore[untyped-decorator]  # Zope's
+    def manage_edit(
+        self,
+        title: str,
+        pool_name: str = "",
+        zdatetime: bool = False,
+        REQUEST: Any = None,  # noqa: N803  (as Zope passes it)
+    ) -> None:
+        """Change the properties, from the form."""
+        self.edit(title, pool_name, zdatetime)
+        if REQUEST is not None:
+            REQUEST.RESPONSE.redirect(f"{self.absolute_url()}/manage_main?manage_tabs_message=Saved.")
+
+    @security.protected(use_database_methods)  # type: ignore[untyped-decorator]  # Zope's
+    def __call__(self, v: object = None) -> Database:
+        return Database(self.pool_name, self.zdatetime)
+
+    def connected(self) -> bool:
+        """Whether there is a pool to use."""
+        pool: Any = query_pool(self.pool_name)
+        return pool is not None and not pool.closed
+
+    def title_or_id(self) -> str:
+        """Return what lists of connection objects show."""
+        return f"{self.title or self.id} ({'connected' if self.connected() else 'not connected'})"
+
+    @security.protected(view_management_screens)  # type: ignore[untyped-decorator]  # Zope's
+    def pool_state(self) -> str:
+        """Return one line about the pool."""
+        pool = query_pool(self.pool_name)
+        return repr(pool) if pool is not None else f"no pool is registered as {self.pool_name!r}"
+
+    @security.protected(view_management_screens)  # type: ignore[untyped-decorator]  # Zope's
+    def browse(self) -> list[dict[str, Any]]:
+        """Return the tables with their columns, for the tab of that name; none without a pool."""
+        try:
+            database = self()
+            return [table | {"columns": database.columns(table["table_name"])} for table in database.tables()]
+        except ComponentLookupError:
+            return []
+
+
+InitializeClass(Connection)
+
+add_form = PageTemplateFile("add.pt", globals())
+
+
+def add_connection(
+    self: Any,
+    id: str,
+    title: str = "",
+    pool_name: str = "",
+    zdatetime: bool = False,
+    REQUEST: Any = None,  # noqa: N803  (as Zope passes it)
+) -> Any:
+    """Add a connection object to a folder, from the form or a script."""
+    self._setObject(id, Connection(id, title, pool_name, zdatetime))
+    return None if REQUEST is None else self.manage_main(self, REQUEST)
+
+
+def initialize(context: Any) -> None:
+    """Register the class with Zope (`five:registerPackage` in configure.zcml)."""
+    context.registerClass(
+        Connection,
+        permission=ADD_PERMISSION,
+        constructors=(("add_form", add_form), ("add_connection", add_connection)),
+    )

@@ -1,0 +1,193 @@
+"""What the tests share: a real PostgreSQL, an outside look at it, and pools that are closed afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import NoReturn
+
+import psycopg2
+import pytest
+import zope.event
+from psycopg2.extensions import make_dsn
+from zope.testing.cleanup import cleanUp
+
+import zpgpool
+from zpgpool.demo.server import EmbeddedServer
+
+
+KINDS = {
+    "simple": zpgpool.SimpleConnectionPool,
+    "threaded": zpgpool.ThreadedConnectionPool,
+    "persistent": zpgpool.PersistentConnectionPool,
+}
+
+SERVER_OPTIONS = {"fsync": "off", "max_connections": "150", "max_prepared_transactions": "10"}
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server_dsn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The connection string of the server that all tests share: ZPGPOOL_TEST_DSN, or an embedded one."""
+    if dsn := os.environ.get("ZPGPOOL_TEST_DSN"):
+        yield dsn
+        return
+    with EmbeddedServer(tmp_path_factory.mktemp("postgres") / "data", options=SERVER_OPTIONS) as server:
+        yield server.dsn
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server that the tests of one module may stop, restart and crash; it listens on TCP, too."""
+    data = tmp_path_factory.mktemp("own") / "data"
+    with EmbeddedServer(data, port=free_port(), options=SERVER_OPTIONS) as server:
+        yield server
+
+
+def missing(install: str) -> NoReturn:
+    """End a test that lacks something, with the line that installs it."""
+    if os.environ.get("CI"):
+        pytest.fail(install)
+    pytest.skip(install)  # a contributor's machine may do without; CI may not
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def dsn(server_dsn: str) -> str:
+    """The server's connection string, with an application name that only this test uses."""
+    return make_dsn(server_dsn, application_name=f"zpgpool-test-{os.getpid()}-{next(_numbers)}")
+
+
+class Outside:
+    """A look at the server that no pool has a part in."""
+
+    def __init__(self, dsn: str) -> None:
+        self.conn = psycopg2.connect(make_dsn(dsn, application_name="outside"))
+        self.conn.autocommit = True
+        self.application_name = psycopg2.extensions.parse_dsn(dsn).get("application_name")
+
+    def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        with self.conn.cursor() as cursor:
+            cursor.execute(sql, args or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def backends(self) -> set[int]:
+        """Return the process ids of the test's sessions, as the server counts them."""
+        sql = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
+        return {pid for (pid,) in self.query(sql, self.application_name)}
+
+    def state(self, pid: int) -> str | None:
+        rows = self.query("SELECT state FROM pg_stat_activity WHERE pid = %s", pid)
+        return rows[0][0] if rows else None
+
+    def terminate(self, *pids: int) -> None:
+        """End these backends, or all of the test's, and wait until they are gone."""
+        doomed = set(pids) or self.backends()
+        for pid in doomed:
+            self.query("SELECT pg_terminate_backend(%s)", pid)
+        eventually(lambda: not self.backends() & doomed)
+        # The server's list forgets a backend a moment before its socket ends, with its process.
+        time.sleep(0.05)
+        if not os.environ.get("ZPGPOOL_TEST_DSN"):
+            eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in doomed))
+
+
+@pytest.fixture
+def outside(dsn: str) -> Iterator[Outside]:
+    watcher = Outside(dsn)
+    yield watcher
+    watcher.conn.close()
+
+
+@pytest.fixture
+def make_pool(dsn: str) -> Iterator[Callable[..., Any]]:
+    """Make pools of the test's server, which are closed when the test ends."""
+    pools: list[Any] = []
+
+    def make(
+        factory: Any = zpgpool.PersistentConnectionPool, minconn: int = 0, maxconn: int = 4, **options: Any
+    ) -> Any:
+        options.setdefault("dsn", dsn)
+        pool = factory(minconn, maxconn, **options)
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        if not pool.closed:
+            pool.closeall()
+
+
+@pytest.fixture(autouse=True)
+def clean_registry() -> Iterator[None]:
+    subscribers = list(zope.event.subscribers)
+    yield
+    cleanUp()
+    zope.event.subscribers[:] = subscribers  # a status page subscribes for good
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Wait for what another process or thread does, and return it: the one place where tests wait for real time."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
+    return result
+
+
+def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function` in a thread of its own, which has ended when this returns; return or raise what it did."""
+    return Call(function, *args).result()
+
+
+class Call:
+    """A call that runs in a thread of its own."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> None:
+        self._function, self._args = function, args
+        self._outcome: tuple[Any, BaseException | None] = (None, None)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = (self._function(*self._args), None)
+        except BaseException as error:
+            self._outcome = (None, error)
+
+    @property
+    def is_running(self) -> bool:
+        return self.thread.is_alive()
+
+    def result(self, seconds: float = 20.0) -> Any:
+        self.thread.join(seconds)
+        assert not self.thread.is_alive(), f"{self._function} has not ended within {seconds} s"
+        value, error = self._outcome
+        if error is not None:
+            try:
+                raise error
+            finally:
+                self._outcome, error = (None, None), None  # no cycle: it would keep connections alive
+        return value
+
+
+def run(conn: Any, sql: str, *args: object) -> Any:
+    """Run one statement on `conn` and return its first value, if it has one."""
+    with conn.cursor() as cursor:
+        cursor.execute(sql, args or None)
+        return cursor.fetchone()[0] if cursor.description else None

@@ -1,0 +1,54 @@
+"""What a checkout and a return may cost, counted in calls: the figure that does not depend on the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import zpgpool
+from conftest import KINDS
+
+
+OURS = str(Path(zpgpool.__file__).parent)
+
+
+def calls(function: Callable[[], object]) -> tuple[int, int]:
+    """Return how many Python frames of ours, and how many C calls, one call of `function` takes."""
+    frames = c_calls = 0
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        nonlocal frames, c_calls
+        is_ours = frame.f_code.co_filename.startswith(OURS)
+        frames += event == "call" and is_ours
+        c_calls += event == "c_call" and is_ours
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return frames, c_calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rest", [0.0, 0.01])
+def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatch, kind: str, rest: float) -> None:
+    pool = make_pool(KINDS[kind], 1, 4, idle_timeout=60)
+    for _ in range(3):
+        pool.putconn(pool.getconn())
+    from time import monotonic
+
+    monkeypatch.setattr("zpgpool.pool.monotonic", monotonic)
+    conns: list[Any] = []
+    for entry in pool._stock.handoff.places:
+        entry.look_at = 0.0 if rest else 1e12  # with, and without, the look at the socket
+    frames, c_calls = calls(lambda: conns.append(pool.getconn()))
+    assert frames <= 1
+    assert c_calls <= 4
+    frames, _ = calls(lambda: pool.putconn(conns.pop()))
+    assert frames <= 3

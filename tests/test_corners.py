@@ -1,0 +1,499 @@
+"""Moments that two threads only meet by chance, played one after the other."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+import pytest
+
+import zpgpool
+import zpgpool.base
+import zpgpool.caller
+from conftest import Call
+from conftest import eventually
+from conftest import in_thread
+from conftest import Outside
+from conftest import run
+from zpgpool.caller import Holder
+from zpgpool.entry import hang_up
+from zpgpool.handoff import Ticket
+
+
+MakePool = Callable[..., Any]
+
+SHARED = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
+
+
+@pytest.fixture(params=SHARED)
+def pool(request: pytest.FixtureRequest, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pool of two idle connections that no timer tends."""
+    monkeypatch.setattr(zpgpool.AbstractConnectionPool, "attend", lambda pool, same: None)
+    return make_pool(request.param, 2, 2, idle_timeout=60)
+
+
+def parked(pool: Any) -> tuple[Any, Any]:
+    key, entry = next(iter(pool._parked.items()))
+    return key, entry
+
+
+def test_a_pool_that_is_dropped_closes_its_connections(make_pool: MakePool, dsn: str, outside: Outside) -> None:
+    pool = zpgpool.ThreadedConnectionPool(2, 2, dsn, idle_timeout=60)
+    is_gone = weakref.ref(pool)
+    tidy = pool._stock.handoff._tidy
+    del pool
+    gc.collect()
+    eventually(lambda: is_gone() is None)  # the timer may be tending it
+    eventually(lambda: not outside.backends())
+    assert tidy() is None
+
+
+def test_a_forked_child_forgets_everything(pool: Any, outside: Outside) -> None:
+    """Here in the parent, whose sockets are released without a word to the server."""
+    conn = pool.getconn()
+    zpgpool.base._forget_all()
+    with pytest.raises(psycopg2.Error):
+        run(conn, "SELECT 1")
+    assert pool.holders() == []
+    assert pool.get_stats()["pool_size"] == 0
+    pool.close()
+    zpgpool.base._forget_all()
+    assert pool._stock.handoff.is_closed
+
+
+def test_an_entry_that_was_taken_meanwhile_is_not_claimed(pool: Any) -> None:
+    stock = pool._stock
+    key, entry = parked(pool)
+    del pool._parked[key]
+    assert not stock._claim(key, entry)
+    other_key, other = parked(pool)
+    assert not stock._claim(other_key, entry)  # its key has another one by now, which stays
+    assert list(pool._parked.values()) == [other]
+    pool._parked[key] = entry
+
+
+def test_an_entry_that_was_used_since_it_was_seen_is_not_expired(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = pool._stock
+    _, entry = parked(pool)
+    entry.since = 0.0
+    claim = stock._claim
+
+    def use_then_claim(key: Any, entry: Any) -> bool:
+        entry.since = time.monotonic()
+        return bool(claim(key, entry))
+
+    monkeypatch.setattr(stock, "_claim", use_then_claim)
+    stock.expire(time.monotonic())
+    assert pool.get_stats()["pool_available"] == 2
+
+
+@pytest.mark.parametrize("look", ["look_at_all", "discard"])
+def test_what_was_taken_since_it_was_seen_is_left_alone(
+    pool: Any, outside: Outside, monkeypatch: pytest.MonkeyPatch, look: str
+) -> None:
+    outside.terminate()
+    monkeypatch.setattr(pool._stock, "_claim", lambda key, entry: False)
+    if look == "discard":
+        pool._stock.discard_parked("", rested_since=0.0)
+        pool._stock.discard_parked("")
+    else:
+        pool._stock.look_at_all()
+    assert pool.get_stats()["pool_available"] == 2
+
+
+def test_what_a_dead_thread_held_was_given_back_by_another(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    in_thread(lambda: kept.append(pool.getconn()))
+    [(caller, entry)] = pool._users()
+    assert pool._seize(caller, entry)
+    assert not pool._seize(caller, entry)
+    monkeypatch.setattr(pool, "_users", lambda: [(caller, entry)])
+    pool._bury()
+    assert not entry.is_passing
+    assert not kept[0].closed
+    pool._stock.discard(entry, "")
+
+
+def test_a_holder_that_has_lost_its_connection(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    conn = pool.getconn()
+    [(caller, entry)] = pool._users()
+    in_thread(lambda: None)
+    ref = entry.ref
+    del conn
+    assert ref() is None
+    holder = Holder.of(caller, entry, time.monotonic())
+    assert holder.status == "lost"
+    hang_up([entry])
+    zpgpool.entry._cancel(entry)
+
+
+def test_where_a_thread_that_has_ended_is(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool)
+    caller = in_thread(pool.caller)
+    assert caller.line == "(its thread has ended)"
+    assert caller.request == ""
+
+
+def test_a_socket_that_never_falls_silent_is_given_up(pool: Any) -> None:
+    _, entry = parked(pool)
+    entry.look = lambda timeout: [(0, 1)]
+    assert not entry.is_alive()
+
+
+def test_a_place_goes_by_those_who_have_left_the_line(pool: Any) -> None:
+    handoff = pool._stock.handoff
+    gone: list[Ticket[Any]] = [Ticket(0.0), Ticket(0.0)]
+    for ticket in gone:
+        ticket.settle(None)
+        handoff.line.append(ticket)
+    handoff.serve()
+    assert not handoff.line
+    assert pool.get_stats()["pool_available"] == 2
+
+
+def test_a_server_that_is_down_is_not_tried_at_each_round(pool: Any) -> None:
+    for _ in range(6):
+        pool._stock.outage.failed(psycopg2.OperationalError("down"))
+    pool._stock.discard_parked("")
+    pool.tend(time.monotonic())
+    assert pool.get_stats()["pool_size"] == 0
+
+
+def test_a_forked_child_forgets_what_is_half_made_or_lost(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    pool.is_attended = True
+    pool.getconn()  # and lost at once
+    entries = [pool._stock.handoff.room(), *pool._strays]  # and a connect under way
+    pool._forget()
+    assert pool.get_stats()["pool_size"] == 0
+    assert [entry.is_filled for entry in entries] == [False, True]
+
+
+def test_a_line_that_everybody_has_left(pool: Any) -> None:
+    _, entry = parked(pool)
+    assert not pool._stock.handoff._offer(entry)
+
+
+def test_a_block_with_a_key_of_its_own(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    with pool.connection("key") as conn, pool.connection() as other:
+        assert pool.getconn("key") is conn is not other
+        [_, second] = pool._users()
+        assert pool._seize(*second)
+        pool._stock.discard(second[1], "")
+    assert pool.holders() == []
+
+
+def test_who_may_not_wait_does_not_wait_for_a_connect_that_hangs(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zpgpool.stock.PING", 0.0)
+    monkeypatch.setattr("zpgpool.stock.SETTLING", 0.01)
+    pool.drain()
+    connecting = pool._stock.handoff.room()
+    pool._stock.outage.doubt()
+    with pytest.raises(zpgpool.PoolTimeout, match="exhausted"):
+        pool.getconn()
+    pool._stock.handoff.vacate(connecting)
+
+
+def test_the_collector_stays_as_it_was(pool: Any) -> None:
+    conn = pool.getconn()
+    gc.disable()
+    try:
+        assert len(pool.holders()) == 1
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    pool.putconn(conn)
+
+
+def test_only_what_was_seen_is_removed(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    pool.getconn("a")
+    pool.getconn("b")
+    [(_, first), (_, second)] = pool._users()
+    assert not pool._remove("a", second)
+    assert pool._remove("a", first)
+    pool._stock.discard(first, "")
+
+
+def test_an_entry_that_is_lost_during_a_query_does_not_wait_for_its_end(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool)
+    conn = pool.getconn()
+    [(_, entry)] = pool._users()
+    user = Call(run, conn, "SELECT pg_sleep(60)")
+    eventually(lambda: entry.is_active)
+    entry.__del__()  # as the collector does
+    with pytest.raises(psycopg2.Error):
+        user.result(5)
+
+
+def test_who_holds_an_error_does_not_hold_a_place_that_was_lost(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    stock = pool._stock
+    lost = stock.handoff.room()  # a connect that an exception is about to break off
+    stock.outage.failed(psycopg2.OperationalError("down"))
+    with pytest.raises(psycopg2.OperationalError, match="down") as caught:
+        pool.getconn()
+    del lost
+    stock.handoff.forget_lost()
+    assert len(stock.handoff) == 0
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_closed_pool_says_so_also_when_the_server_is_down(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    pool._stock.outage.failed(psycopg2.OperationalError("down"))
+    pool.close()
+    with pytest.raises(zpgpool.PoolClosed):
+        pool.getconn()
+
+
+class TestAKeyThatIsNew:
+    """Two threads ask with one key that has no connection yet."""
+
+    def test_the_second_gets_the_first_ones_connection(self, make_pool: MakePool, dsn: str) -> None:
+        go = threading.Event()
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, configure=lambda conn: go.wait(10))
+        pool.is_attended = True  # no timer: the first thread ends, and what it holds with it
+        first = Call(pool.getconn, "key")
+        eventually(lambda: "key" in pool._comers)
+        second = Call(pool.getconn, "key")
+        go.set()
+        assert first.result() is second.result()
+        assert not pool._comers
+        pool.putconn(key="key")
+
+    def test_who_was_stopped_half_way_is_not_waited_for_for_ever(
+        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("zpgpool.pool.PING", 0.01)
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
+        pool._comers["key"] = threading.Event()  # its thread got an exception before it could tell
+        conn = pool.getconn("key")
+        assert pool.getconn("key") is conn
+
+    def test_what_its_user_closed_was_replaced_meanwhile(
+        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
+        pool.getconn("key").close()
+        monkeypatch.setattr(pool, "_remove", lambda key, entry: False)
+        assert pool._conn_of("key", pool._here.caller) is None
+        monkeypatch.undo()
+        pool.putconn(key="key")
+
+    def test_what_came_first_stays(self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60)
+        obtain = pool._obtain
+        winner: list[Any] = []
+
+        def obtain_too_late(*args: Any) -> Any:
+            entry = obtain(*args)
+            if not winner:
+                winner.append(obtain(None))
+                winner[0].caller = pool._here.caller
+                pool._used["key"] = winner[0]
+            return entry
+
+        monkeypatch.setattr(pool, "_obtain", obtain_too_late)
+        assert pool.getconn("key") is winner[0].conn
+        assert pool.get_stats()["pool_available"] == 1
+
+
+class TestResizeUnderALine:
+    def test_connections_beyond_the_new_limit_are_closed(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 3, timeout=20, idle_timeout=60)
+        held = [pool.getconn() for _ in range(3)]
+        waiting = Call(pool.getconn)
+        eventually(lambda: pool._line)
+        pool.resize(0, 1)
+        pool.putconn(held.pop())
+        pool.putconn(held.pop())
+        assert waiting.is_running
+        assert pool.get_stats()["pool_size"] == 1
+        pool.putconn(held.pop())
+        pool.putconn(waiting.result())
+        assert pool.get_stats()["pool_size"] == 1
+
+    def test_who_was_stopped_before_it_closed_one_is_mended(self, make_pool: MakePool) -> None:
+        """Real time: a waiter looks for itself once a second."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 2, timeout=20, idle_timeout=60)
+        pool.settings.maxconn = pool._stock.handoff.limit = 1  # and then an exception
+        conn = pool.getconn()
+        assert pool.get_stats()["pool_size"] == 1
+        pool.putconn(conn)
+
+    def test_none_is_closed_twice(self, pool: Any) -> None:
+        pool._stock.settings.maxconn = 1
+        _, entry = parked(pool)
+        entry.is_passing = True  # another thread closes it just now
+        pool._stock.trim()
+        assert pool.get_stats()["pool_available"] == 2
+        entry.is_passing = False
+        pool._stock.settings.maxconn = 2
+
+    def test_nothing_rests_any_more(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool._stock, "_claim", lambda key, entry: False)
+        pool._stock.settings.maxconn = 1
+        pool._stock.trim()
+        assert pool.get_stats()["pool_available"] == 2
+        pool._stock.settings.maxconn = 2
+
+
+def test_a_connect_that_hangs_does_not_stop_the_timer(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60, configure=lambda conn: go.wait(10))
+    pool.is_attended = True
+    pool.settings.minconn = 2
+    assert pool.tend(time.monotonic()) is not None
+    assert pool.tend(time.monotonic()) is not None  # and starts no second thread
+    assert pool._refilling.is_alive()
+    go.set()
+    eventually(lambda: pool.get_stats()["pool_available"] == 2)
+
+
+def test_idle_timeout_is_exact_behind_a_younger_one(pool: Any) -> None:
+    (old_key, old), (_, young) = list(pool._parked.items())
+    now = time.monotonic()
+    old.since, young.since = now - 50, now - 10
+    assert pool._stock._claim(old_key, old)  # looked at, for a NOTIFY
+    pool._stock._unclaim(old_key, old)
+    assert list(pool._parked.values()) == [young, old]
+    assert min(pool._stock.due_times(now)) == pytest.approx(old.since + 60)
+    pool._stock.expire(now + 11)
+    assert list(pool._parked.values()) == [young]
+    assert not pool._stock._is_unordered
+    assert min(pool._stock.due_times(now + 11)) == pytest.approx(young.since + 60)
+
+
+def test_two_that_stay_unordered_are_asked_again(pool: Any) -> None:
+    (old_key, old), (_, young) = list(pool._parked.items())
+    now = time.monotonic()
+    old.since, young.since = now - 50, now - 10
+    assert pool._stock._claim(old_key, old)
+    pool._stock._unclaim(old_key, old)
+    pool._stock.expire(now)
+    assert pool._stock._is_unordered
+
+
+def test_closing_notices_what_is_lost_meanwhile(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    kept = [pool.getconn()]
+    closing = Call(pool.close, 60)
+    eventually(lambda: pool._stock.handoff.is_closed)
+    kept.clear()
+    closing.result(10)
+    assert pool.get_stats()["pool_size"] == 0
+
+
+def test_a_configure_that_fails_leaves_no_session(make_pool: MakePool, outside: Outside) -> None:
+    def fail(conn: Any) -> None:
+        raise RuntimeError("not today")
+
+    pool = make_pool(zpgpool.ThreadedConnectionPool, configure=fail)
+    for _ in range(5):
+        with pytest.raises(RuntimeError):
+            pool.getconn()
+        assert not outside.backends()
+
+
+def test_a_connection_that_cannot_be_watched(make_pool: MakePool, outside: Outside, monkeypatch: Any) -> None:
+    """No descriptor is left."""
+
+    def fail(number: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    pool = make_pool(zpgpool.ThreadedConnectionPool)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.dup", fail)
+        with pytest.raises(OSError, match="Too many"):
+            pool.getconn()
+    assert pool.get_stats()["pool_size"] == 0
+    eventually(lambda: not outside.backends())
+
+
+def test_the_ends_of_lifetimes_gone_by_are_forgotten(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, max_lifetime=3600)
+    for _ in range(50):
+        pool.putconn(pool.getconn(), close=True)
+    assert len(pool._stock._ends) < 20
+
+
+def test_a_forked_child_has_a_lock_of_its_own_for_frames(pool: Any) -> None:
+    """Another thread of the parent may have been in `holders()`: here in the parent, for what the child does."""
+    lock = zpgpool.caller._frames_lock
+    with lock:
+        zpgpool.caller._is_collector_off = True
+        gc.disable()
+        zpgpool.caller._renew_frames_lock()
+        assert gc.isenabled()
+        assert zpgpool.caller._frames_lock is not lock
+        conn = pool.getconn()
+        assert len(pool.holders()) == 1
+        pool.putconn(conn)
+    zpgpool.caller._renew_frames_lock()
+    assert gc.isenabled()
+
+
+class TestAKeyOfSeveralThreads:
+    def test_it_is_theirs_as_long_as_one_of_them_lives(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        pool.is_attended = True
+        conn = pool.getconn("key")
+        assert in_thread(pool.getconn, "key") is conn
+        pool.tend(time.monotonic())  # the other thread has ended
+        assert run(conn, "SELECT 1") == 1
+        assert pool.getconn("key") is conn
+        pool.putconn(key="key")
+
+    def test_its_first_thread_may_end_before(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        pool.is_attended = True
+        conns = [in_thread(pool.getconn, "key")]
+        conns.append(pool.getconn("key"))
+        pool.tend(time.monotonic())
+        assert run(conns[1], "SELECT 1") == 1
+        assert [holder.thread for holder in pool.holders()] == ["MainThread"]
+        pool.putconn(key="key")
+
+
+def test_a_simple_pool_that_was_resized_closes_what_comes_back(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.SimpleConnectionPool, 0, 3, idle_timeout=60)
+    conns = [pool.getconn() for _ in range(3)]
+    pool.resize(0, 1)
+    for conn in conns:
+        pool.putconn(conn)
+    assert pool.get_stats()["pool_size"] == 1
+
+
+@pytest.mark.parametrize("factory", SHARED)
+def test_a_hold_whose_connection_was_ended_by_others(make_pool: MakePool, factory: Any) -> None:
+    pool = make_pool(factory, idle_timeout=60)
+    hold = pool.hold()
+    [(caller, entry)] = pool._users()
+    assert pool._seize(caller, entry)
+    pool._stock.discard(entry, "")
+    hold.putconn()
+    assert pool.get_stats()["pool_size"] == 0
+
+
+def test_a_refill_that_is_overtaken_by_close_is_silent(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, open=False)
+
+    def fail() -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(pool._stock, "refill", fail)
+    pool._refill()
+    assert caplog.text.count("cannot connect: not today") == 1
+    pool.close()
+    pool._refill()
+    assert caplog.text.count("cannot connect") == 1

@@ -1,0 +1,115 @@
+"""The wheel, installed into an empty environment: it works without extras, and what needs one says which."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+
+USE = """
+import sys
+import zpgpool
+from zpgpool.wsgi import PoolMiddleware, get_connection
+
+def app(environ, start_response):
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute("SELECT 41 + 1")
+        return [str(cursor.fetchone()[0]).encode()]
+
+pool = zpgpool.PersistentConnectionPool(0, 2, sys.argv[1], idle_timeout=60)
+print(PoolMiddleware(app, pool)({"REQUEST_METHOD": "GET"}, None)[0].decode())
+pool.close()
+"""
+
+
+def run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    result = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT)
+    assert result.returncode == 0, result.stderr
+    [wheel] = folder.glob("zpgpool-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that has the wheel, and what it requires."""
+    folder = tmp_path_factory.mktemp("empty") / "environment"
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    result = run(
+        python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", wheel
+    )
+    assert result.returncode == 0, result.stderr
+    return python
+
+
+def test_the_wheel_has_all_that_the_package_has(wheel: Path) -> None:
+    package = ROOT / "src" / "zpgpool"
+    files = {
+        str(path.relative_to(package.parent)) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    assert files <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_it_works_without_extras(python: Path, tmp_path: Path, dsn: str) -> None:
+    result = run(python, "-c", USE, dsn, folder=tmp_path)
+    assert result.stdout == "42\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("datamanager", "transaction"),
+        ("recover", "transaction"),
+        ("zcml", "zcml"),
+        ("pyramid", "transaction"),
+        ("zsql", "transaction"),
+    ],
+)
+def test_what_needs_an_extra_names_it(python: Path, tmp_path: Path, module: str, extra: str) -> None:
+    result = run(python, "-c", f"import zpgpool.{module}", folder=tmp_path)
+    assert f"zpgpool[{extra}]" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "extra"), [(["demo"], "demo"), (["recover", "dbname=x"], "transaction"), (["top", "http://x"], "cli")]
+)
+def test_a_command_that_needs_an_extra_names_it(python: Path, tmp_path: Path, args: list[str], extra: str) -> None:
+    result = run(python.parent / "zpgpool", *args, folder=tmp_path)
+    assert result.returncode == 1
+    assert f"zpgpool[{extra}]" in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_types_for_users(python: Path, tmp_path: Path) -> None:
+    """A program of a user's, under mypy strict: the package says that it has types."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import zpgpool\n"
+        "from zpgpool.wsgi import PoolMiddleware\n"
+        "pool = zpgpool.PersistentConnectionPool(0, 4, 'dbname=x', timeout=5)\n"
+        "with pool.connection() as conn:\n"
+        "    with conn.cursor() as cursor:\n"
+        "        cursor.execute('SELECT 1')\n"
+        "waiting: int = pool.get_stats()['requests_waiting']\n"
+        "pool.getconn(1)  # error: a persistent pool has no keys\n"
+    )
+    result = run(
+        sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "--python-executable", python, program,
+        folder=tmp_path,
+    )  # fmt: skip
+    assert "Found 1 error" in result.stdout, result.stdout + result.stderr
+    assert "program.py:8" in result.stdout

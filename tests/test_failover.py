@@ -1,0 +1,243 @@
+"""A primary and its standby, real ones: the pool leaves a server that takes no writes, and moves as a whole."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+import zpgpool
+from conftest import eventually
+from conftest import free_port
+from conftest import run
+from serving import waitress
+from zpgpool.demo.server import EmbeddedServer
+from zpgpool.wsgi import get_connection
+from zpgpool.wsgi import PoolMiddleware
+
+
+CLIENTS = 8
+FAILOVERS = 10 if os.environ.get("CI") else 3  # four seconds each
+
+OPTIONS = {"fsync": "off", "max_connections": "50", "shared_buffers": "8MB", "wal_keep_size": "64MB"}
+
+
+class Pair:
+    """Two servers, of which one is the primary."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.primary = EmbeddedServer(folder / "a", port=free_port(), options=OPTIONS)
+        self.standby = EmbeddedServer(folder / "b", port=free_port(), options=OPTIONS)
+        self.primary.start()
+
+    @property
+    def dsn(self) -> str:
+        """Both addresses, always in the same order."""
+        ports = ",".join(str(port) for port in sorted([self.primary.port or 0, self.standby.port or 0]))
+        return f"host=127.0.0.1,127.0.0.1 port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+
+    def ask(self, server: EmbeddedServer, *statements: str) -> Any:
+        with closing(psycopg2.connect(server.dsn)) as conn:
+            conn.autocommit = True
+            return [run(conn, statement) for statement in statements][-1]
+
+    def attach(self) -> None:
+        """Make the standby a copy of the primary, without which nothing is committed from then on."""
+        self.standby.halt(signal.SIGQUIT)
+        shutil.rmtree(self.standby.data, ignore_errors=True)
+        self.standby.data.mkdir(mode=0o700)
+        EmbeddedServer._give_to_servant(self.standby.data, self.standby.sockets)
+        host = str(self.primary.sockets)
+        command = self.standby._command(
+            "pg_basebackup", "-D", str(self.standby.data), "-R", "-c", "fast", "--no-sync",
+            "-h", host, "-p", str(self.primary.port), "-U", "postgres",
+        )  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
+        self.standby.launch()
+        eventually(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"))
+        self.ask(self.primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        eventually(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"))
+
+    def fail_over(self) -> float:
+        """Crash the primary and promote the standby; return when that is to be seen."""
+        self.primary.halt(signal.SIGQUIT)
+        self.primary, self.standby = self.standby, self.primary
+        self.ask(
+            self.primary,
+            "ALTER SYSTEM RESET synchronous_standby_names",
+            "SELECT pg_reload_conf()",
+            "SELECT pg_promote()",
+        )
+        eventually(lambda: self.ask(self.primary, "SELECT NOT pg_is_in_recovery()"))
+        return time.monotonic()
+
+    def stop(self) -> None:
+        self.primary.stop()
+        self.standby.stop()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path)
+    yield pair
+    pair.stop()
+
+
+def make_app(pool: Any) -> PoolMiddleware:
+    """Store the number that the path names."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        conn = get_connection(environ)
+        run(conn, "INSERT INTO numbers VALUES (%s)", int(environ["PATH_INFO"].strip("/")))
+        conn.commit()
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+        return [b"ok"]
+
+    return PoolMiddleware(app, pool)
+
+
+class Clients:
+    """Threads that store one number after another, and note what they are answered, and when."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._numbers = itertools.count()
+        self._is_over = False
+        self.answers: list[tuple[float, float, int, int]] = []
+        self._threads = [threading.Thread(target=self._work) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while not self._is_over:
+            number, start = next(self._numbers), time.monotonic()
+            try:
+                with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as conn:
+                    conn.request("POST", f"/{number}")
+                    response = conn.getresponse()
+                    response.read()
+                    status = response.status
+            except OSError:
+                status = 0
+            self.answers.append((start, time.monotonic(), status, number))
+            time.sleep(0.005 if status == 200 else 0.02)
+
+    def stop(self) -> None:
+        self._is_over = True
+        for thread in self._threads:
+            thread.join()
+
+
+def test_failovers_under_load(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """No acknowledged row is lost or doubled; errors only while there is no primary."""
+    caplog.set_level("CRITICAL", "zpgpool")
+    caplog.set_level("CRITICAL", "waitress")
+    pair.ask(pair.primary, "CREATE TABLE numbers (number int PRIMARY KEY)")
+    pair.attach()
+    pool = zpgpool.PersistentConnectionPool(
+        0, CLIENTS, f"{pair.dsn} connect_timeout=5", idle_timeout=60, timeout=10, prune_interval=0.5
+    )
+    outages: list[tuple[float, float]] = []
+    first_successes: list[float] = []
+    with waitress(make_app(pool), threads=CLIENTS) as port:
+        clients = Clients(port)
+        try:
+            for _ in range(FAILOVERS):
+                before = len(clients.answers)
+                eventually(lambda: sum(answer[2] == 200 for answer in clients.answers[before:]) > 50, 20)  # noqa: B023
+                began = time.monotonic()
+                visible = pair.fail_over()
+                eventually(lambda: [each for each in clients.answers if each[2] == 200 and each[1] > visible], 20)  # noqa: B023
+                first = min(end for _, end, status, _ in clients.answers if status == 200 and end > visible)
+                first_successes.append(first - visible)
+                outages.append((began, max(first, visible) + 1.0))
+                time.sleep(1.0)  # real time
+                ports = {entry.conn.info.port for entry in pool._stock.handoff.places if hasattr(entry, "conn")}
+                assert ports <= {pair.primary.port}
+                pair.attach()
+        finally:
+            clients.stop()
+    assert max(first_successes) < 1.0, first_successes
+    stored = {number for (number,) in _rows(pair)}
+    acknowledged = [number for _, _, status, number in clients.answers if status == 200]
+    assert len(acknowledged) == len(set(acknowledged))
+    assert set(acknowledged) <= stored
+    for start, end, status, _ in clients.answers:
+        if status != 200:
+            assert any(start <= until and end >= began for began, until in outages), (status, start, end)
+    pool.closeall()
+
+
+def _rows(pair: Pair) -> list[tuple[int]]:
+    with closing(psycopg2.connect(pair.primary.dsn)) as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT number FROM numbers")
+        rows: list[tuple[int]] = cursor.fetchall()
+        return rows
+
+
+def test_a_server_that_refuses_writes_is_left_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By SQLSTATE 25006: sessions that live on while their server is made read-only, as before a planned move."""
+    servers = [EmbeddedServer(tmp_path / name, port=free_port(), options=OPTIONS) for name in ("a", "b")]
+    for server in servers:
+        server.start()
+        with closing(psycopg2.connect(server.dsn)) as conn:
+            conn.autocommit = True
+            run(conn, "CREATE TABLE numbers (number int PRIMARY KEY)")
+    ports = ",".join(str(server.port) for server in servers)
+    dsn = f"host=127.0.0.1,127.0.0.1 port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+    pool = zpgpool.ThreadedConnectionPool(3, 4, dsn, idle_timeout=60)
+    app = make_app(pool)
+
+    def store(number: int) -> Any:
+        return app({"REQUEST_METHOD": "POST", "PATH_INFO": f"/{number}"}, lambda *args: lambda data: None)
+
+    try:
+        store(1)
+        with closing(psycopg2.connect(servers[0].dsn)) as conn:
+            conn.autocommit = True
+            run(conn, "ALTER SYSTEM SET default_transaction_read_only = on")
+            run(conn, "SELECT pg_reload_conf()")
+            eventually(lambda: run(conn, "SHOW default_transaction_read_only") == "on")
+        time.sleep(0.1)  # real time: the other sessions read the file, too
+        with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+            store(2)
+        assert "takes no writes any more" in caplog.text
+        for number in (3, 4, 5):
+            store(number)
+        pool.tend(time.monotonic())
+        eventually(lambda: pool.get_stats()["pool_available"] >= 3)
+        assert {entry.conn.info.port for entry in pool._parked.values()} == {servers[1].port}
+    finally:
+        pool.closeall()
+        for server in servers:
+            server.stop()
+
+
+@pytest.mark.parametrize("session", [{"readonly": True}, {}])
+def test_who_forbade_writes_himself_leaves_nothing(make_pool: Callable[..., Any], session: dict[str, bool]) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 2, idle_timeout=60, **session)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        conn = get_connection(environ)
+        conn.readonly = True
+        run(conn, "CREATE TABLE nowhere (number int)")
+        return []
+
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        PoolMiddleware(app, pool)({"REQUEST_METHOD": "POST"}, lambda *args: lambda data: None)
+    assert pool.get_stats()["connections_num"] == 1
+    assert pool.get_stats()["pool_size"] == 1

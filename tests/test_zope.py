@@ -1,0 +1,281 @@
+"""A real Zope, made by mkwsgiinstance and served by its own runwsgi: objects and rows are stored together or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import books
+from books import check_books
+from books import get
+from books import rows
+from books import STREAMED
+from conftest import Call
+from conftest import eventually
+from conftest import free_port
+from conftest import Outside
+
+
+MAXCONN = 6
+
+PAGES = [*(job for job in books.JOBS if job != "abandon"), "conflict", "conflict-late", "method"]
+
+FILTER = """[filter:pgpool]
+use = egg:zpgpool
+
+[pipeline:main]"""
+
+META = """<configure xmlns="http://namespaces.zope.org/zope">
+  <include package="zpgpool" file="meta.zcml" />
+</configure>
+"""
+
+#: The pool, and the pages that use it.
+CONFIGURE = f"""<configure
+    xmlns="http://namespaces.zope.org/zope"
+    xmlns:browser="http://namespaces.zope.org/browser"
+    xmlns:zpgpool="http://namespaces.zope.org/zpgpool">
+  <include package="zpgpool" />
+  <include package="zpgpool.zsql" />
+  <zpgpool:pool class="persistent" dsn="ENV:BOOKS_DSN" maxconn="1" />
+  {
+    "".join(
+        f'<browser:page for="OFS.interfaces.IApplication" name="{name}" class="zope_pages.{view}"'
+        ' permission="zope2.Public" />'
+        for name, view in [*((page, "Page") for page in PAGES), ("books", "Books")]
+    )
+}
+</configure>
+"""
+
+OVERRIDES = f"""<configure xmlns:zpgpool="http://namespaces.zope.org/zpgpool">
+  <zpgpool:pool dsn="ENV:BOOKS_DSN" maxconn="{MAXCONN}" idle_timeout="none" />
+</configure>
+"""
+
+#: What an administrator runs, without a server or a filter: makes the shelves for the objects, too.
+SCRIPT = f"""
+import transaction
+from persistent.mapping import PersistentMapping
+from Products.ZSQLMethods.SQL import SQL
+
+import books
+import zpgpool
+from conftest import run
+from zpgpool.datamanager import connection
+
+app.manage_addProduct["zpgpool.zsql"].add_connection("db", "Books")
+sql = "INSERT INTO rows (key) VALUES (<dtml-sqlvar key type=string>)"
+app._setObject("add_row", SQL("add_row", "", "db", "key", sql))
+app.shelves = PersistentMapping({{str(number): PersistentMapping() for number in range({books.CLIENTS})}})
+app.shelves["0"]["from the console"] = "an object"
+books.store_row(connection(), "from the console")
+transaction.commit()
+app.shelves["0"]["lost"] = "an object"
+books.store_row(connection(), "lost")
+transaction.abort()
+pool = zpgpool.get_pool()
+with pool.connection() as conn:
+    print("rows:", run(conn, "SELECT count(*) FROM rows"))
+print("maxconn:", pool.maxconn, "holders:", pool.holders())
+"""
+
+
+class Instance:
+    """A Zope instance, and its process."""
+
+    def __init__(self, path: Path, dsn: str) -> None:
+        self.path = path
+        self.port = free_port()
+        search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        self._environ = os.environ | {"BOOKS_DSN": dsn, "PYTHONPATH": search}
+        self.run("mkwsgiinstance", "-d", str(path), "-u", "admin:admin")
+        self._edit("zope.ini", "[pipeline:main]", FILTER)
+        self._edit("zope.ini", "\n    zope\n", "\n    pgpool\n    zope\n")
+        self._edit("zope.ini", "port = 8080", f"port = {self.port}\nthreads = 8")
+        includes = path / "etc" / "package-includes"
+        includes.mkdir()
+        (includes / "zpgpool-meta.zcml").write_text(META)
+        (includes / "books-configure.zcml").write_text(CONFIGURE)
+        (includes / "books-overrides.zcml").write_text(OVERRIDES)
+
+    def _edit(self, name: str, old: str, new: str) -> None:
+        path = self.path / "etc" / name
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+
+    def _command(self, name: str, *args: str) -> list[str]:
+        return [sys.executable, str(Path(sys.executable).parent / name), *args]
+
+    def run(self, name: str, *args: str) -> str:
+        """Run one of Zope's commands, and return what it prints."""
+        result = subprocess.run(self._command(name, *args), env=self._environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command("runwsgi", str(self.path / "etc" / "zope.ini")),
+            env=self._environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(self._is_up, 60)
+
+    def _is_up(self) -> bool:
+        assert self._process.poll() is None, self.log()
+        try:
+            return get(self.port, "/books")[0] == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(20)
+        finally:
+            self._process.kill()
+
+    def log(self) -> str:
+        """Return Zope's event log."""
+        path = self.path / "var" / "log" / "event.log"
+        return path.read_text() if path.exists() else ""
+
+    def books(self) -> Any:
+        """Return what the page of that name tells."""
+        status, body = get(self.port, "/books")
+        assert status == 200
+        return json.loads(body)
+
+    def objects(self) -> list[str]:
+        """Return the keys in the ZODB."""
+        objects: list[str] = self.books()["objects"]
+        return objects
+
+
+@pytest.fixture(scope="module")
+def dsn(server_dsn: str) -> Iterator[str]:
+    with books.database(server_dsn, "zpgpool_zope") as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="module")
+def outside(dsn: str) -> Iterator[Outside]:
+    outside = Outside(dsn)
+    yield outside
+    outside.conn.close()
+
+
+@pytest.fixture(scope="module")
+def instance(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Instance:
+    return Instance(tmp_path_factory.mktemp("zope") / "instance", dsn)
+
+
+@pytest.fixture(scope="module")
+def console(instance: Instance, outside: Outside) -> str:
+    """What `zconsole run` prints."""
+    script = instance.path / "script.py"
+    script.write_text(SCRIPT)
+    return instance.run("zconsole", "run", str(instance.path / "etc" / "zope.conf"), str(script))
+
+
+@pytest.fixture(scope="module")
+def zope(instance: Instance, console: str) -> Iterator[Instance]:
+    """The instance while it is served."""
+    instance.start()
+    yield instance
+    instance.stop()
+
+
+@pytest.fixture
+def stored(outside: Outside) -> list[str]:
+    """What is stored before the test."""
+    return rows(outside)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """At the end nobody holds a connection, and the log has nothing that says so of the pool or a transaction."""
+    yield
+    if "zope" in request.fixturenames:
+        zope = request.getfixturevalue("zope")
+        eventually(lambda: zope.books()["holders"] == [])
+        assert re.findall(r"(?:WARNING|ERROR|CRITICAL) \[zpgpool.*|.*CRITICAL.*", zope.log()) == []
+
+
+def test_zconsole_needs_no_filter(console: str, outside: Outside) -> None:
+    """Pitfall 23: the pool is ZCML's, and the transaction has its connection as long as it lasts."""
+    assert console.splitlines()[-2:] == ["rows: 1", f"maxconn: {MAXCONN} holders: []"]
+    assert "from the console" in rows(outside)
+
+
+@pytest.mark.parametrize("job", [page for page in PAGES if page in books.JOBS])
+def test_both_or_neither(zope: Instance, outside: Outside, stored: list[str], job: str) -> None:
+    _, expected, is_stored = books.JOBS[job]
+    status, body = get(zope.port, f"/{job}?key=one-{job}")
+    assert status == expected
+    assert rows(outside) == zope.objects() == sorted([*stored, f"one-{job}"] if is_stored else stored)
+    if job == "stream":
+        assert [int(line) for line in body.split()] == list(range(STREAMED))
+    assert get(zope.port, f"/store?key=after-{job}")[0] == 200
+    check_books(outside, rows(outside), zope.objects, MAXCONN)
+
+
+@pytest.mark.parametrize("job", ["conflict", "conflict-late"])
+def test_a_conflict_between_two_requests_is_retried(
+    zope: Instance, outside: Outside, stored: list[str], job: str
+) -> None:
+    """Pitfall 33: Zope's publisher retries for a TransientError only."""
+    before = len(zope.books()["attempts"])
+    calls = [Call(get, zope.port, f"/{job}?key={key}-{job}&client={key}") for key in "01"]
+    assert [call.result(60)[0] for call in calls] == [200, 200]
+    check_books(outside, sorted([*stored, f"0-{job}", f"1-{job}"]), zope.objects, MAXCONN)
+    assert sorted(zope.books()["attempts"][before:])[:3] == [0, 0, 1]
+
+
+def test_two_thousand_requests(zope: Instance, outside: Outside, stored: list[str]) -> None:
+    expected = sorted(stored + books.load(zope.port, 2000))
+    check_books(outside, expected, zope.objects, MAXCONN)
+    stats = zope.books()["stats"]
+    assert stats["pool_size"] <= MAXCONN
+    assert stats["requests_errors"] == 0
+
+
+def test_a_z_sql_method(zope: Instance, outside: Outside, stored: list[str]) -> None:
+    """Beside an object of the ZODB, in Zope's transaction."""
+    status, _ = get(zope.port, "/method?key=by-a-method")
+    assert status == 200
+    check_books(outside, sorted([*stored, "by-a-method"]), zope.objects, MAXCONN)
+    assert get(zope.port, "/method?key=by-a-method")[0] == 500  # it is there already
+    check_books(outside, sorted([*stored, "by-a-method"]), zope.objects, MAXCONN)
+
+
+@pytest.mark.parametrize(
+    ("page", "shows"),
+    [
+        ("/db/manage_main", "PersistentConnectionPool"),
+        ("/db/manage_browse", "rows"),
+        ("/db/manage_testForm", "Test"),
+        ("/manage_addProduct/zpgpool.zsql/add_form", "Add zpgpool Database Connection"),
+    ],
+)
+def test_the_management_pages(zope: Instance, page: str, shows: str) -> None:
+    status, body = get(zope.port, page, "admin:admin")
+    assert status == 200
+    assert shows in body.decode()
+    assert get(zope.port, page)[0] == 401
+
+
+def test_its_properties_are_edited(zope: Instance) -> None:
+    assert get(zope.port, "/db/manage_edit?title=Other+books&pool_name=", "admin:admin")[0] == 302
+    assert "Other books" in get(zope.port, "/db/manage_main", "admin:admin")[1].decode()
