@@ -52,7 +52,7 @@ def test_nothing_is_kept_where_nobody_asked(make_pool: MakePool) -> None:
     pool = make_pool(idle_timeout=60)
     pool.getconn()
     pool.putconn()
-    assert pool._observers == []
+    assert pool._herald.observers == []
     assert pool not in history._histories
 
 
@@ -60,7 +60,7 @@ def test_a_history_observes() -> None:
     pool = zpgpool.ThreadedConnectionPool(0, 1, open=False)
     assert verifyObject(IObserver, history_of(pool))
     assert history_of(pool) is history_of(pool)
-    assert pool._observers == [history_of(pool)]
+    assert pool._herald.observers == [history_of(pool)]
 
 
 def test_a_pool_that_opens_a_connection_has_one_from_then_on(make_pool: MakePool) -> None:
@@ -68,7 +68,7 @@ def test_a_pool_that_opens_a_connection_has_one_from_then_on(make_pool: MakePool
     begin()
     pool = make_pool(idle_timeout=60)
     tended: list[list[object]] = []
-    pool.attend = lambda pool: tended.append(list(pool._observers))
+    pool.attend = lambda pool: tended.append(list(pool._herald.observers))
     pool.getconn()
     pool.putconn()
     assert tended == [[history_of(pool)]]
@@ -268,7 +268,7 @@ def test_what_a_forked_child_is_told() -> None:
     kept._tell("test", "of the parent")
     pool._forget()
     assert not kept.tales
-    assert pool._is_reset
+    assert pool._is_long
 
 
 def test_many_threads_lose_no_count() -> None:

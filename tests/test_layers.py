@@ -16,7 +16,20 @@ SOURCE = Path(zpgpool.__file__).parent
 #: Floors of docs/design.rst, the lowest first; a module may import from lower floors, and from those before it.
 FLOORS = [
     ["errors", "interfaces", "settings"],
-    ["events", "handoff", "caller", "entry", "outage", "stock", "base", "pool", "keeper", "registry"],
+    [
+        "events",
+        "handoff",
+        "caller",
+        "session",
+        "entry",
+        "outage",
+        "herald",
+        "stock",
+        "base",
+        "pool",
+        "keeper",
+        "registry",
+    ],
     [
         *["history", "snapshot", "page", "metrics", "status"],
         *["wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],

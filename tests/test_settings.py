@@ -309,10 +309,21 @@ class TestConnectionStrings:
 class TestKeywords:
     def test_are_sorted_into_the_pools_and_psycopg2s(self) -> None:
         keywords = {"idle_timeout": 5, "host": "x", "cursor_factory": None, "dsn": "port=1"}
-        options, args, connect = sort_keywords(("dbname=y", None), keywords)
+        options, connect = sort_keywords((), keywords)
         assert options == {"idle_timeout": 5}
-        assert args == ("dbname=y", None)
         assert connect == {"host": "x", "cursor_factory": None, "dsn": "port=1"}
+
+    def test_by_place_they_are_psycopg2s(self) -> None:
+        assert sort_keywords(("port=1", None), {"host": "x"})[1] == {
+            "dsn": "port=1",
+            "connection_factory": None,
+            "host": "x",
+        }
+
+    @pytest.mark.parametrize(("args", "keywords"), [(("port=1",), {"dsn": "port=2"}), (("", None, None, 4), {})])
+    def test_twice_or_too_many_are_refused(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match="by place, and each once"):
+            sort_keywords(args, keywords)
 
     def test_an_unknown_one_is_refused_with_the_nearest_and_all_that_are_known(self) -> None:
         with pytest.raises(SettingError) as caught:
@@ -368,36 +379,31 @@ SCRUBBED = 'at "***" "***", port 5432 failed: FATAL: password authentication fai
 
 
 @pytest.mark.parametrize(
-    ("args", "keywords", "message", "shown"),
+    ("keywords", "message", "shown"),
     [
         (
-            ("host=db1,db2 user=app password=hunter2",),
-            {},
+            {"dsn": "host=db1,db2 user=app password=hunter2"},
             'at "db1" (10.0.0.1), port 5432 failed: FATAL: password authentication failed for user "app"',
             SCRUBBED,
         ),
         (
-            (),
             {"dsn": "postgresql://app:hunter2@db/shop"},
             "no app may enter shop at db, hunter2",
             "no *** may enter *** at ***, ***",
         ),
         (
-            (),
             {"host": "db", "connection_factory": object, "password": None},
             "db is away, debug it",
             "*** is away, debug it",
         ),
-        ((), {"user": "a", "password": "p.s"}, "a cat, not p.s; pxs", "*** cat, not ***; pxs"),
-        (("nonsense hunter2",), {}, 'missing "=" after "hunter2"', 'missing "***" after "***"'),
-        ((), {}, "FATAL: role »app«, Rolle „app“, rôle «app»", 'FATAL: role "***", Rolle "***", rôle "***"'),
-        ((), {"dsn": 5}, "what is this?", "what is this?"),
+        ({"user": "a", "password": "p.s"}, "a cat, not p.s; pxs", "*** cat, not ***; pxs"),
+        ({"dsn": "nonsense hunter2"}, 'missing "=" after "hunter2"', 'missing "***" after "***"'),
+        ({}, "FATAL: role »app«, Rolle „app“, rôle «app»", 'FATAL: role "***", Rolle "***", rôle "***"'),
+        ({"dsn": 5}, "what is this?", "what is this?"),
     ],
 )
-def test_a_message_without_what_the_connection_string_says(
-    args: tuple[Any, ...], keywords: dict[str, Any], message: str, shown: str
-) -> None:
-    assert scrub(message, args, keywords) == shown
+def test_a_message_without_what_the_connection_string_says(keywords: dict[str, Any], message: str, shown: str) -> None:
+    assert scrub(message, keywords) == shown
 
 
 def test_two_phases_of_what_has_none_are_refused() -> None:

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import STATUS_READY
 
 from .caller import Caller
 from .caller import Here
@@ -35,16 +36,13 @@ from .errors import PoolClosed
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
-from .events import ConnectFailed
-from .events import ConnectionClosed
-from .events import ConnectionLeaked
-from .events import ConnectionOpened
-from .events import notify
-from .events import RequestTimedOut
 from .handoff import Closed
 from .handoff import LineFull
 from .handoff import LOOK_AGAIN
+from .herald import Herald
 from .interfaces import IObserver
+from .session import is_watched
+from .session import watched
 from .settings import check_sizes
 from .settings import convert
 from .settings import PoolSettings
@@ -86,17 +84,19 @@ class AbstractConnectionPool(ABC):
         open: bool = True,
         **kwargs: Any,
     ) -> None:
-        options, connect_args, connect_kwargs = sort_keywords(args, kwargs)
+        options, keywords = sort_keywords(args, kwargs)
         self.settings = PoolSettings(minconn=minconn, maxconn=maxconn, idle_timeout=idle_timeout, **options)
         self.closed = False
-        # A closure, so that no attribute holds the password.
-        self._connect: Callable[[], Connection] = lambda: psycopg2.connect(*connect_args, **connect_kwargs)
-        plain = {**connect_kwargs, "connection_factory": None, "cursor_factory": None}
-        self._connect_aside: Callable[..., Connection] = lambda more: psycopg2.connect(
-            *connect_args[:1], **{**plain, **more}
+        # Closures, so that no attribute holds the password.
+        factory = watched(keywords.get("connection_factory") or Connection)
+        self._is_watched = is_watched(factory)
+        self._connect: Callable[[], Connection] = lambda: psycopg2.connect(
+            **{**keywords, "connection_factory": factory}
         )
-        self._scrub: Callable[[str], str] = lambda text: scrub(text, connect_args, connect_kwargs)
-        self._observers: list[IObserver] = []
+        plain = {**keywords, "connection_factory": None, "cursor_factory": None}
+        self._connect_aside: Callable[..., Connection] = lambda more: psycopg2.connect(**{**plain, **more})
+        self._scrub: Callable[[str], str] = lambda text: scrub(text, keywords)
+        self._herald = Herald(self)
         self._start()
         if open:
             is_attended, self.is_attended = self.is_attended, True  # not before all is well
@@ -107,7 +107,7 @@ class AbstractConnectionPool(ABC):
                 raise
             self.is_attended = is_attended
             if self.minconn:
-                self._have_attended()
+                self._herald.call_timer()
 
     def _start(self) -> None:
         """Begin with nothing: when made, and again in a forked child."""
@@ -117,21 +117,16 @@ class AbstractConnectionPool(ABC):
         self._stock = Stock(
             settings,
             self._connect,
-            weakly(self._tell_opened),
-            weakly(self._tell_failed),
-            weakly(self._tell_closed),
-            weakly(self._tell_waited),
-            weakly(self._tell_used),
+            self._herald,
             weakly(self._lose),
             weakly(self._tidy),
-            weakly(self.__repr__),
             self._make_lock(),
         )
         #: What the hit path and a clean return look at, without a detour.
         self._parked = self._stock.handoff.parked
         self._line = self._stock.handoff.line
-        #: Whether each return goes the long way: to be reset, or to be told of.
-        self._is_reset = settings.reset is not None or bool(self._observers)
+        #: Whether each return goes the long way: to be reset, compared with how it was, or told of.
+        self._is_long = settings.reset is not None or not self._is_watched or bool(self._herald.observers)
         #: From when on each return looks for more than waiters (monotonic seconds): see `_after_return`.
         self._watch_at = 0.0 if settings.idle_timeout == 0 else NEVER
         #: A connection that rested for longer is judged before it is handed out.
@@ -267,7 +262,7 @@ class AbstractConnectionPool(ABC):
         stock.look_at_all()
         if len(stock.handoff) < settings.minconn and not stock.outage.is_on:
             self._start_refill()
-        observed = [observer.tend(now) for observer in self._observers]
+        observed = [observer.tend(now) for observer in self._herald.observers]
         own = [now + settings.prune_interval, now + (settings.leak_after or NEVER)]
         if settings.hold_limit is not None:
             # Exactly, for those of now; whoever comes later cannot be over the limit before the second.
@@ -277,8 +272,8 @@ class AbstractConnectionPool(ABC):
 
     def observe(self, observer: IObserver) -> None:
         """See `IConnectionPool`."""
-        self._observers.append(observer)
-        self._is_reset = True
+        self._herald.observers.append(observer)
+        self._is_long = True
 
     def connect_aside(self, **keywords: Any) -> Connection:
         """See `IConnectionPool`."""
@@ -341,7 +336,7 @@ class AbstractConnectionPool(ABC):
             if found is not None:
                 return found
             error = self._timed_out(monotonic() - start)
-            notify(RequestTimedOut(self, monotonic() - start, error))
+            self._herald.timed_out(monotonic() - start, error)
         except LineFull:
             error = TooManyRequests(f"{self!r}: {self.settings.max_waiting} threads are waiting already")
         except Closed:
@@ -356,34 +351,19 @@ class AbstractConnectionPool(ABC):
         holders = "; ".join(str(holder) for holder in self.holders()) or "nobody"
         return PoolTimeout(f"{what}: {self!r}, {len(self._line)} more waiting. Held by {holders}")
 
-    def _tell_opened(self, entry: Entry, seconds: float) -> None:
-        # First: who begins to observe with this event wants the rounds, too.
-        notify(ConnectionOpened(self, entry.backend_pid, seconds))
-        self._have_attended()
-
-    def _tell_failed(self, error: psycopg2.OperationalError, seconds: float) -> None:
-        notify(ConnectFailed(self, error, seconds))
-
-    def _tell_waited(self, seconds: float) -> None:
-        for observer in self._observers:
-            observer.waited(seconds)
-
-    def _tell_used(self, seconds: float) -> None:
-        for observer in self._observers:
-            observer.used(seconds)
-
-    def _tell_closed(self, entry: Entry, reason: str) -> None:
-        notify(ConnectionClosed(self, entry.backend_pid, reason))
-
-    def _have_attended(self) -> None:
-        if not self.is_attended:
-            self.attend(self)
-            self.is_attended = True
-
     def _give_back(self, caller: Caller, entry: Entry, close: bool) -> None:
         """Park a connection that was taken out of the table, clean, where `caller` finds it; or discard it."""
         now = monotonic()
-        if close or now >= entry.expires or self._is_reset or not entry.is_clean():
+        conn: Any = entry.conn
+        # Entry.is_clean, written out, for a session that nobody touched.
+        if (
+            close
+            or now >= entry.expires
+            or self._is_long
+            or conn.is_touched
+            or conn.status != STATUS_READY
+            or conn.get_transaction_status()
+        ):
             if not self._stock.clean(entry, close):
                 return
             now = monotonic()
@@ -437,7 +417,7 @@ class AbstractConnectionPool(ABC):
                 entry.reported = entry.since
                 holder = Holder.of(caller, entry, now)
                 log.warning("%r: held for over %g s by %s", self, leak_after, holder)
-                notify(ConnectionLeaked(self, holder))
+                self._herald.leaked(holder)
 
     def _end_held_too_long(self, now: float) -> None:
         """End the queries of those who hold a connection for `hold_limit`, and then their connections."""
@@ -475,7 +455,7 @@ class AbstractConnectionPool(ABC):
                 entry.abandon()
         self._forget_users()
         self._start()
-        for observer in self._observers:
+        for observer in self._herald.observers:
             observer.forget()
         if self.closed:
             self._stock.handoff.close()

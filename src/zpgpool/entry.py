@@ -15,10 +15,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterable
-from operator import attrgetter
 from time import monotonic
 from time import sleep
-from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -30,6 +28,10 @@ from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from .handoff import Place
+from .session import restore
+from .session import roll_back
+from .session import session_of
+from .session import untouch
 from .settings import Reset
 
 
@@ -138,6 +140,7 @@ class Entry(Place):
         self.expires = expires
         self.look_at = 0.0
         self.baseline = session_of(self.conn)
+        untouch(self.conn)
         self.is_standby = self.conn.get_parameter_status("in_hot_standby") == "on"
 
     def doom(self) -> None:
@@ -146,10 +149,9 @@ class Entry(Place):
 
     def is_clean(self) -> bool:
         """Whether the session is as configured, outside of any transaction: known locally, without a round trip."""
-        conn = self.conn
-        return not conn.get_transaction_status() and session_of(conn) == self.baseline
+        return not self.conn.get_transaction_status() and session_of(self.conn) == self.baseline
 
-    def reset(self, extra: Reset, configure: Callable[[Connection], object]) -> bool:
+    def reset(self, extra: Reset, set_up: Callable[[Connection], object]) -> bool:
         """Bring the session back to its baseline; False when that cannot be, and the connection must go.
 
         Never raises for what the server did, nor for what the user's own `extra` did.
@@ -165,38 +167,21 @@ class Entry(Place):
                 # choose. An active one is in the middle of a COPY, or another thread's query.
                 return False
             if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE or conn.status != STATUS_READY:
-                self._roll_back()
+                roll_back(conn)
             if extra == "discard":
                 conn.reset()
-                configure(conn)
+                set_up(conn)
             if session_of(conn) != self.baseline:
-                self._restore()
+                restore(conn, self.baseline)
             if callable(extra):
                 extra(conn)
-            return self.is_clean()
+            is_clean = self.is_clean()
+            if is_clean:
+                untouch(conn)
+            return is_clean
         except Exception as error:
             log.warning("a returned connection could not be made clean and is closed: %s", one_line(error))
             return False
-
-    def _roll_back(self) -> None:
-        conn = self.conn
-        try:
-            conn.rollback()
-        except psycopg2.ProgrammingError:
-            conn.tpc_rollback()  # begun by tpc_begin(), where rollback() is refused
-        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-            # autocommit and a BEGIN of the user's own: psycopg2 believes that there is nothing to roll back.
-            with conn.cursor(cursor_factory=cursor) as curs:
-                curs.execute("ROLLBACK")
-
-    def _restore(self) -> None:
-        conn: Any = self.conn
-        _, autocommit, isolation_level, readonly, deferrable, encoding, conn.cursor_factory = self.baseline
-        conn.autocommit = False
-        conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
-        conn.autocommit = autocommit
-        if conn.encoding != encoding:
-            conn.set_client_encoding(encoding)
 
     def is_alive(self) -> bool:
         """Whether the server is at the other end, as far as the socket tells: no round trip.
@@ -329,12 +314,6 @@ def _cancel(entry: Entry) -> None:
         message = ctypes.create_string_buffer(256)
         libpq.PQcancel(cancel, message, len(message))
         libpq.PQfreeCancel(cancel)
-
-
-#: What of a session psycopg2 knows without asking: the transaction's state and the settings that users may change.
-session_of: Callable[[Connection], tuple[object, ...]] = attrgetter(
-    "status", "autocommit", "isolation_level", "readonly", "deferrable", "encoding", "cursor_factory"
-)
 
 
 def one_line(error: BaseException) -> str:

@@ -203,7 +203,7 @@ def recover(args: argparse.Namespace) -> None:
     except SettingError as error:
         raise RecoverError(str(error)) from None
     except psycopg2.OperationalError as error:
-        raise RecoverError(scrub(one_line(error), (dsn,), {})) from None
+        raise RecoverError(scrub(one_line(error), {"dsn": dsn})) from None
     errors = []
     with closing(conn):
         in_doubt = list_in_doubt(conn)

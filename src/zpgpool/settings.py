@@ -310,14 +310,14 @@ PRIVATE = ("password", "user", "host", "hostaddr", "dbname", "service", "passfil
 QUOTED = re.compile(r'"[^"]*"|«[^»]*»|»[^«]*«|„[^“]*“|\([0-9a-f.:]+\)')
 
 
-def scrub(text: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
-    """Return a message of libpq or the server without what `psycopg2.connect(*args, **keywords)` told them.
+def scrub(text: str, keywords: Mapping[str, Any]) -> str:
+    """Return a message of libpq or the server without what `psycopg2.connect(**keywords)` told them.
 
     Without what they quote, too: the default of a part that is not given is quoted as well.
     """
     libpq = {name: value for name, value in keywords.items() if name not in ("connection_factory", "cursor_factory")}
     try:
-        parts = parse_dsn(make_dsn(*args[:1], **libpq))
+        parts = parse_dsn(make_dsn(**libpq))
     except (psycopg2.Error, TypeError):
         parts = {}
     values = {part for name in PRIVATE if name in parts for part in (parts[name], *parts[name].split(","))}
@@ -326,21 +326,24 @@ def scrub(text: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
     return QUOTED.sub('"***"', text)
 
 
-def sort_keywords(
-    args: tuple[Any, ...], keywords: Mapping[str, Any]
-) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
-    """Sort what a pool is constructed with: its own options, and what goes to `psycopg2.connect()`.
+def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort what a pool is constructed with: its own options, and the keywords that go to `psycopg2.connect()`.
 
-    Raises SettingError for a keyword that nobody knows.
+    `args` are the first of CONNECT_KEYWORDS. Raises SettingError for a keyword that nobody knows, TypeError for one too
+    many, or given twice.
     """
     options = {name: value for name, value in keywords.items() if name in TABLE}
     connect = {name: value for name, value in keywords.items() if name not in TABLE}
     strange = [name for name in connect if name not in CONNECT_KEYWORDS and not is_libpq_keyword(name)]
     if strange:
         raise unknown(strange, {*TABLE, *CONNECT_KEYWORDS, "open"})
+    by_place = dict(zip(CONNECT_KEYWORDS, args, strict=False))
+    if len(args) > len(CONNECT_KEYWORDS) or by_place.keys() & connect.keys():
+        raise TypeError(f"psycopg2.connect() takes {CONNECT_KEYWORDS} by place, and each once")
+    connect |= by_place
     if "dsn" in connect:
         connect["dsn"] = read_environment(connect["dsn"])
-    return options, tuple(read_environment(arg) for arg in args), connect
+    return options, connect
 
 
 def unknown(names: Collection[str], known: Collection[str]) -> SettingError:

@@ -13,17 +13,15 @@ from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from heapq import heapify
 from heapq import heappop
 from heapq import heappush
 from itertools import count
 from time import monotonic
-from typing import Any
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
-from psycopg2.extensions import cursor
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from .entry import Entry
 from .entry import HANG_UP
@@ -31,9 +29,11 @@ from .entry import hang_up
 from .entry import MOMENT
 from .entry import one_line
 from .errors import PoolClosed
-from .errors import PoolError
 from .handoff import Handoff
+from .herald import Herald
 from .outage import Outage
+from .session import check_two_phase
+from .session import set_up
 from .settings import PoolSettings
 
 
@@ -49,9 +49,6 @@ SETTLING = 0.1
 
 #: How long a connection that rested for more than `check_idle` may take to answer, in seconds.
 PING = 2.0
-
-#: The settings that `set_session()` takes; None leaves psycopg2's own.
-SESSION = ("isolation_level", "readonly", "autocommit")
 
 COUNTS = (
     "requests_num",
@@ -69,24 +66,18 @@ COUNTS = (
 class Stock:
     """The entries of a pool.
 
-    `connect` opens a connection; `opened(entry, seconds)`, `failed(error, seconds)` and `closed(entry, reason)` are
-    told of it, `waited(seconds)` of each wait in the line, `used(seconds)` of each use, before it is made clean. `lost`
-    is called with the weak reference of one that nobody has any more, maybe in the middle of the garbage collector: it
-    must not take a lock. `tidy` finds what nobody holds any more, and `title` names the pool in messages.
+    `connect` opens a connection; `herald` is told of what happens. `lost` is called with the weak reference of one that
+    nobody has any more, maybe in the middle of the garbage collector: it must not take a lock. `tidy` finds what nobody
+    holds any more.
     """
 
     def __init__(
         self,
         settings: PoolSettings,
         connect: Callable[[], Connection],
-        opened: Callable[[Entry, float], object],
-        failed: Callable[[psycopg2.OperationalError, float], object],
-        closed: Callable[[Entry, str], object],
-        waited: Callable[[float], object],
-        used: Callable[[float], object],
+        herald: Herald,
         lost: Callable[[weakref.ref[Connection]], object],
         tidy: Callable[[], object],
-        title: Callable[[], str],
         lock: AbstractContextManager[object],
     ) -> None:
         self.settings = settings
@@ -95,13 +86,9 @@ class Stock:
         self.handoff: Handoff[Entry] = Handoff(Entry, settings.maxconn, self.outage.may_connect, lock, tidy)
         self._parked = self.handoff.parked
         self._connect = connect
-        self._opened = opened
-        self._failed = failed
-        self._closed = closed
-        self._waited = waited
-        self._used = used
+        self._set_up = partial(set_up, settings=settings)
+        self._herald = herald
         self._lost = lost
-        self._title = title
         #: When which lifetime ends: a heap; the numbers decide between equals.
         self._ends: list[tuple[float, int, weakref.ref[Entry]]] = []
         self._numbers = count()
@@ -153,7 +140,7 @@ class Stock:
         finally:
             seconds = monotonic() - now
             self.count(requests_queued=self.settings.timeout > 0, requests_wait_ms=seconds * 1000)
-            self._waited(seconds)
+            self._herald.waited(seconds)
 
     def _is_hopeless(self) -> bool:
         """Whether nothing will be returned, and somebody tries to connect already, or it is too early for that."""
@@ -175,9 +162,10 @@ class Stock:
             conn = self._connect()
             self.outage.succeeded()
             entry.attach(conn, weakref.ref(conn, self._lost))
-            self.set_up(conn)
-            if self.settings.twophase:
-                self._check_two_phase(conn)
+            self._set_up(conn)
+            if self.settings.twophase and not self._may_prepare:
+                check_two_phase(conn, str(self._herald))
+                self._may_prepare = True
             now = monotonic()
             lifetime = self.settings.max_lifetime
             entry.begin(now, now + lifetime * random.uniform(1 - JITTER, 1) if lifetime else NEVER)
@@ -191,7 +179,7 @@ class Stock:
             if self.outage.error is not None and not any(place.is_filled for place in self.handoff.places):
                 self.handoff.fail(self.outage.copy)
             if isinstance(error, psycopg2.OperationalError):
-                self._failed(error, monotonic() - start)
+                self._herald.failed(error, monotonic() - start)
             raise
         if generation != self._generation:
             entry.doom()
@@ -199,10 +187,10 @@ class Stock:
             self._remember_end(entry)
         self.count(connections_num=1, connections_ms=(now - start) * 1000)
         self.handoff.filled(entry)
-        self._opened(entry, now - start)
+        self._herald.opened(entry, now - start)
         if self.handoff.is_closed:
             self.discard(entry, "the pool is closed")
-            raise PoolClosed(f"{self._title()} was closed during the connect")
+            raise PoolClosed(f"{self._herald} was closed during the connect")
 
     def _remember_end(self, entry: Entry) -> None:
         with self.lock:
@@ -210,41 +198,6 @@ class Stock:
                 self._ends = [end for end in self._ends if end[2]() is not None]
                 heapify(self._ends)
             heappush(self._ends, (entry.expires, next(self._numbers), weakref.ref(entry)))
-
-    def set_up(self, conn: Connection) -> None:
-        """Give a new session, or one that was discarded, what is configured."""
-        settings = self.settings
-        session: dict[str, Any] = {name: getattr(settings, name) for name in SESSION}
-        if any(value is not None for value in session.values()):
-            conn.set_session(**session)
-        if settings.configure is not None:
-            settings.configure(conn)
-            if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-                raise PoolError(f"{settings.configure!r} left the connection in a transaction: it must commit")
-
-    def _check_two_phase(self, conn: Connection) -> None:
-        """Fail now rather than with the first commit (PostgreSQL documentation, "max_prepared_transactions").
-
-        What stands between us and the server has numbers of its own for its sessions. Then nobody could tell, after a
-        crash, whether the session that prepared a transaction is still there.
-        """
-        if self._may_prepare:
-            return
-        with conn.cursor(cursor_factory=cursor) as curs:
-            curs.execute("SELECT current_setting('max_prepared_transactions')::int, pg_backend_pid()")
-            most, pid = curs.fetchone() or (0, 0)
-        conn.rollback()
-        if most == 0:
-            raise PoolError(
-                f"{self._title()} has twophase=True, but the server's max_prepared_transactions is 0: set it to at "
-                "least the number of connections, in postgresql.conf, and restart the server"
-            )
-        if pid != conn.get_backend_pid():
-            raise PoolError(
-                f"{self._title()} has twophase=True, but there is a pooler between it and the server: "
-                "connect to the server itself"
-            )
-        self._may_prepare = True
 
     def _is_fit(self, entry: Entry, now: float) -> bool:
         """Judge a parked connection that is ours; False when it was discarded."""
@@ -268,15 +221,15 @@ class Stock:
         try:
             check(entry.conn)
         except Exception as error:
-            log.info("%s: check refused a connection: %s", self._title(), one_line(error))
+            log.info("%s: check refused a connection: %s", self._herald, one_line(error))
             return False
-        return entry.is_clean() or entry.reset(None, self.set_up)
+        return entry.is_clean() or entry.reset(None, self._set_up)
 
     # A return --------------------------------------------------------------------------------------------------------
 
     def clean(self, entry: Entry, close: bool) -> bool:
         """Make a returned connection clean; False when it was discarded instead."""
-        self._used(monotonic() - entry.since)
+        self._herald.used(monotonic() - entry.since)
         reason = "it could not be made clean"
         is_clean = False
         try:
@@ -285,7 +238,8 @@ class Stock:
             elif monotonic() >= entry.expires:
                 reason = "too old"
             else:
-                is_clean = entry.reset(self.settings.reset, self.set_up)
+                is_clean = self.settings.reset is None and entry.is_clean()
+                is_clean = is_clean or entry.reset(self.settings.reset, self._set_up)
                 self.count(returns_bad=not is_clean)
         finally:
             # After an interrupted rollback, too: nobody knows what state that left.
@@ -431,8 +385,8 @@ class Stock:
         finally:
             is_first = self.handoff.vacate(entry)
         if is_first:  # not the user who returns it after the pool has closed it, too
-            log.debug("%s closed a connection: %s", self._title(), reason)
-            self._closed(entry, reason)
+            log.debug("%s closed a connection: %s", self._herald, reason)
+            self._herald.closed(entry, reason)
 
     def drain(self) -> None:
         """Let every connection's lifetime end now: the parked ones are closed, the others when they return."""

@@ -1,0 +1,80 @@
+"""What a pool tells others: events to subscribers, each wait and use to observers, its first need to the timer.
+
+Holds the pool weakly, as all that a pool's own parts have of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import psycopg2
+
+from .events import ConnectFailed
+from .events import ConnectionClosed
+from .events import ConnectionLeaked
+from .events import ConnectionOpened
+from .events import notify
+from .events import RequestTimedOut
+from .interfaces import IObserver
+
+
+if TYPE_CHECKING:
+    from .base import AbstractConnectionPool
+    from .caller import Holder
+    from .entry import Entry
+    from .errors import PoolError
+
+
+class Herald:
+    """Speaks for one pool, as long as that lives; `str()` of it names the pool in messages."""
+
+    def __init__(self, pool: AbstractConnectionPool) -> None:
+        self._pool = weakref.ref(pool)
+        self.observers: list[IObserver] = []
+
+    def __str__(self) -> str:
+        return repr(self._pool())
+
+    def opened(self, entry: Entry, seconds: float) -> None:
+        """Tell of a new connection, which took so long."""
+        if (pool := self._pool()) is not None:
+            notify(ConnectionOpened(pool, entry.backend_pid, seconds))
+        self.call_timer()  # last: who begins to observe with this event wants the rounds, too
+
+    def call_timer(self) -> None:
+        """Have the pool attended from now on, if it is not."""
+        pool = self._pool()
+        if pool is not None and not pool.is_attended:
+            pool.attend(pool)
+            pool.is_attended = True
+
+    def failed(self, error: psycopg2.OperationalError, seconds: float) -> None:
+        """Tell of a connect that failed after so long."""
+        if (pool := self._pool()) is not None:
+            notify(ConnectFailed(pool, error, seconds))
+
+    def closed(self, entry: Entry, reason: str) -> None:
+        """Tell of a connection that was closed."""
+        if (pool := self._pool()) is not None:
+            notify(ConnectionClosed(pool, entry.backend_pid, reason))
+
+    def timed_out(self, seconds: float, error: PoolError) -> None:
+        """Tell of a checkout that was given up."""
+        if (pool := self._pool()) is not None:
+            notify(RequestTimedOut(pool, seconds, error))
+
+    def leaked(self, holder: Holder) -> None:
+        """Tell of who holds a connection for long."""
+        if (pool := self._pool()) is not None:
+            notify(ConnectionLeaked(pool, holder))
+
+    def waited(self, seconds: float) -> None:
+        """Tell the observers of a wait in the line."""
+        for observer in self.observers:
+            observer.waited(seconds)
+
+    def used(self, seconds: float) -> None:
+        """Tell the observers of a use."""
+        for observer in self.observers:
+            observer.used(seconds)

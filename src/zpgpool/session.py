@@ -1,0 +1,143 @@
+"""A session as psycopg2 knows it, without asking the server: set up, watched for changes, compared, brought back.
+
+Knows nothing of pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from operator import attrgetter
+from typing import Any
+from typing import TYPE_CHECKING
+
+import psycopg2
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+
+from .errors import PoolError
+from .settings import PoolSettings
+
+
+if TYPE_CHECKING:
+    Base = Connection
+else:
+    Base = object
+
+#: What a transaction, and a user's own settings, change.
+session_of: Callable[[Connection], tuple[object, ...]] = attrgetter(
+    "status", "autocommit", "isolation_level", "readonly", "deferrable", "encoding", "cursor_factory"
+)
+
+#: The settings that `set_session()` takes; None leaves psycopg2's own.
+SESSION = ("isolation_level", "readonly", "autocommit")
+
+
+class Watched(Base):
+    """Mixed into a connection class: knows whether anybody may have changed what `session_of` reads.
+
+    To read and compare all that is a quarter of a checkout and return (docs/performance.rst), and few change it.
+    """
+
+    __slots__ = ()
+
+    is_touched: bool
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__("is_touched", True)
+        super().__setattr__(name, value)
+
+    def set_session(self, *args: Any, **keywords: Any) -> None:
+        self.is_touched = True
+        super().set_session(*args, **keywords)
+
+    def set_isolation_level(self, *args: Any) -> None:
+        self.is_touched = True
+        super().set_isolation_level(*args)
+
+    def set_client_encoding(self, *args: Any) -> None:
+        self.is_touched = True
+        super().set_client_encoding(*args)
+
+    def reset(self) -> None:
+        self.is_touched = True
+        super().reset()
+
+
+@cache
+def watched(factory: Any) -> Any:
+    """Return a class of connections like `factory`'s, watched; whatever is no class of connections comes back as it is.
+
+    The class has the name of the user's own, and adds no `__dict__`.
+    """
+    if not issubclass(type(factory), type) or not issubclass(factory, Connection) or issubclass(factory, Watched):
+        return factory
+    names = {"__slots__": ("is_touched",), "__module__": factory.__module__, "__doc__": factory.__doc__}
+    return type(factory)(factory.__name__, (Watched, factory), names)
+
+
+def is_watched(factory: Any) -> bool:
+    """Whether all connections that `factory` makes are watched."""
+    return isinstance(factory, type) and issubclass(factory, Watched)
+
+
+def untouch(conn: Connection) -> None:
+    """Begin to watch: the session is now as every user shall find it."""
+    if isinstance(conn, Watched):
+        Connection.__setattr__(conn, "is_touched", False)
+
+
+def set_up(conn: Connection, settings: PoolSettings) -> None:
+    """Give a new session, or one that was discarded, what is configured. Raises PoolError, and what psycopg2 does."""
+    session: dict[str, Any] = {name: getattr(settings, name) for name in SESSION}
+    if any(value is not None for value in session.values()):
+        conn.set_session(**session)
+    if settings.configure is not None:
+        settings.configure(conn)
+        if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+            raise PoolError(f"{settings.configure!r} left the connection in a transaction: it must commit")
+
+
+def restore(conn: Any, baseline: tuple[object, ...]) -> None:
+    """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed."""
+    _, autocommit, isolation_level, readonly, deferrable, encoding, conn.cursor_factory = baseline
+    conn.autocommit = False
+    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
+    conn.autocommit = autocommit
+    if conn.encoding != encoding:
+        conn.set_client_encoding(encoding)
+
+
+def roll_back(conn: Connection) -> None:
+    """End the transaction, whoever began it, and how."""
+    try:
+        conn.rollback()
+    except psycopg2.ProgrammingError:
+        conn.tpc_rollback()  # begun by tpc_begin(), where rollback() is refused
+    if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+        # autocommit and a BEGIN of the user's own: psycopg2 believes that there is nothing to roll back.
+        with conn.cursor(cursor_factory=cursor) as curs:
+            curs.execute("ROLLBACK")
+
+
+def check_two_phase(conn: Connection, title: str) -> None:
+    """Raise PoolError where a prepared transaction cannot be, or could not be told of after a crash.
+
+    Now rather than with the first commit (PostgreSQL documentation, "max_prepared_transactions"). What stands between
+    us and the server has numbers of its own for its sessions: then nobody could tell, after a crash, whether the
+    session that prepared a transaction is still there.
+    """
+    with conn.cursor(cursor_factory=cursor) as curs:
+        curs.execute("SELECT current_setting('max_prepared_transactions')::int, pg_backend_pid()")
+        most, pid = curs.fetchone() or (0, 0)
+    conn.rollback()
+    if most == 0:
+        raise PoolError(
+            f"{title} has twophase=True, but the server's max_prepared_transactions is 0: set it to at least the "
+            "number of connections, in postgresql.conf, and restart the server"
+        )
+    if pid != conn.get_backend_pid():
+        raise PoolError(
+            f"{title} has twophase=True, but there is a pooler between it and the server: connect to the server itself"
+        )
