@@ -238,9 +238,9 @@ class Stock:
             elif monotonic() >= entry.expires:
                 reason = "too old"
             else:
-                is_clean = self.settings.reset is None and entry.is_clean()
-                is_clean = is_clean or entry.reset(self.settings.reset, self._set_up)
-                self.count(returns_bad=not is_clean)
+                is_clean = entry.reset(self.settings.reset, self._set_up)
+                if not is_clean:
+                    self.count(returns_bad=1)
         finally:
             # After an interrupted rollback, too: nobody knows what state that left.
             if not is_clean:
