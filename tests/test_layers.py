@@ -32,7 +32,7 @@ FLOORS = [
     ],
     [
         *["history", "snapshot", "page", "metrics", "status"],
-        *["wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
+        *["lease", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
     ],
     ["demo", "check", "top", "__main__"],
 ]

@@ -34,7 +34,7 @@ from zope.interface.interfaces import ComponentLookupError
 from zope.interface.registry import Components
 
 import zpgpool
-import zpgpool.wsgi
+import zpgpool.lease
 from conftest import Call
 from conftest import eventually
 from conftest import in_thread
@@ -81,7 +81,7 @@ def nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert working_on == {}
-    assert zpgpool.wsgi._here.leases == {}
+    assert zpgpool.lease.here.mine.leases == {}
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
