@@ -19,7 +19,7 @@ FLOORS = [
     ["events", "handoff", "caller", "entry", "outage", "stock", "base", "pool", "keeper", "registry"],
     [
         *["history", "snapshot", "page", "metrics", "status"],
-        *["wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
+        *["lease", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
     ],
     ["demo", "check", "top", "__main__"],
 ]

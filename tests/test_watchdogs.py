@@ -19,7 +19,7 @@ from conftest import Outside
 from conftest import run
 from serving import waitress
 from zpgpool.datamanager import connection
-from zpgpool.wsgi import Disconnects
+from zpgpool.lease import Disconnects
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
 

@@ -34,6 +34,7 @@ from zope.interface.interfaces import ComponentLookupError
 from zope.interface.registry import Components
 
 import zpgpool
+import zpgpool.lease
 import zpgpool.wsgi
 from conftest import Call
 from conftest import eventually
@@ -81,7 +82,7 @@ def nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert working_on == {}
-    assert zpgpool.wsgi._here.leases == {}
+    assert zpgpool.lease._here.leases == {}
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

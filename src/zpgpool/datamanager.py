@@ -27,8 +27,8 @@ from zope.interface import implementer
 
 from .entry import one_line
 from .errors import PoolError
+from .lease import current_lease
 from .registry import get_pool
-from .wsgi import current_lease
 
 
 try:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from .datamanager import connection as get_transactions_connection
 from .interfaces import IConnectionPool
+from .lease import current_lease
+from .lease import lease_key
 from .registry import get_pool
 from .registry import make_pool
 from .registry import query_pool
@@ -17,8 +19,6 @@ from .settings import list_known
 from .settings import read_options
 from .settings import SettingError
 from .settings import TABLE
-from .wsgi import _key
-from .wsgi import current_lease
 from .wsgi import get_connection as get_requests_connection
 from .wsgi import PoolMiddleware
 
@@ -73,7 +73,7 @@ def get_connection(request: Any, name: str = "") -> Connection:
     """
     environ, registry = request.environ, request.registry
     tm = getattr(request, "tm", None)
-    is_served = _key(name) in environ
+    is_served = lease_key(name) in environ
     if "tm.active" in environ or "repoze.tm.active" in environ or (tm is not None and not is_served):
         return get_transactions_connection(name, tm, registry)
     if not is_served and (lease := current_lease(get_pool(name, registry))):

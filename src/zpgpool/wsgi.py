@@ -7,14 +7,12 @@ A request ends when the application has returned a list or tuple, or a `wsgi.fil
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sized
-from contextlib import contextmanager
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -23,13 +21,13 @@ from psycopg2 import errorcodes
 from webob import Response
 from zope.interface.registry import Components
 
-from .caller import working_on
-from .errors import PoolClosed
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
-from .interfaces import IPersistentConnectionPool
-from .keeper import keeper
+from .lease import _here
+from .lease import Disconnects
+from .lease import Lease
+from .lease import lease_key
 from .pool import SimpleConnectionPool
 from .registry import get_pool
 
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
 
     from psycopg2.extensions import connection as Connection
 
-    from .caller import Caller
-
 
 log = logging.getLogger("zpgpool")
 
@@ -53,206 +49,10 @@ def get_connection(environ: WSGIEnvironment, name: str = "") -> Connection:
     Raises PoolError when no middleware serves that pool to the request, or the request has ended; and what
     `IConnectionPool.getconn` raises.
     """
-    lease = environ.get(_key(name))
+    lease = environ.get(lease_key(name))
     if not isinstance(lease, Lease):
         raise PoolError(f"no PoolMiddleware serves a pool named {name!r} to this request")
     return lease.connection()
-
-
-def _key(name: str) -> str:
-    return f"zpgpool.lease.{name}" if name else "zpgpool.lease"
-
-
-class _Here(threading.local):
-    """The leases that the calling thread's requests have not ended yet, by the pool's id."""
-
-    def __init__(self) -> None:
-        self.leases: dict[int, Lease] = {}
-        #: Transactions that go on after their requests' ends.
-        self.unfinished: list[Any] = []
-
-
-_here = _Here()
-
-
-class Lease:
-    """What a request holds of a pool: at most one connection, from its first use to the request's end."""
-
-    def __init__(self, pool: Any, environ: WSGIEnvironment) -> None:
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        self.request = f"{environ.get('REQUEST_METHOD', '?')} {path}"
-        self.pool = pool
-        self.is_over = False
-        #: The threads whose stack has the application's code on it just now, once for each call into it.
-        self.running: list[int] = []
-        self._environ = environ
-        self._thread = threading.get_ident()
-        self._conn: Connection | None = None  # not with a persistent pool
-        #: The request's connection once a transaction has joined it: only this puts it away.
-        self._hold: Any = None
-        #: Whose transaction goes on with it, when the request ends first.
-        self.borrower: Any = None
-        #: Whether the application has returned its body, and goes on in that; and whether it borrowed since.
-        self.is_streaming = False
-        self._lent_in_body = False
-        self._unfinished = _here.unfinished
-        #: With a persistent pool the connection is the thread's, however the application asks for it.
-        self._caller: Caller | None = pool.caller() if IPersistentConnectionPool.providedBy(pool) else None
-        _here.leases[id(pool)] = self
-        self._leases = _here.leases
-        working_on[self._thread] = self.request
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """Return a context manager around a call into the application's code."""
-        here, leases, number = threading.get_ident(), _here.leases, id(self.pool)
-        before = leases.get(number)
-        leases[number] = self  # also in a thread that only iterates the body
-        self.running.append(here)
-        try:
-            yield
-        finally:
-            self.running.remove(here)
-            if leases.get(number) is self and (leases is not self._leases or self.is_over):
-                del leases[number]
-                if before is not None and not before.is_over:
-                    leases[number] = before
-
-    @property
-    def is_thread_bound(self) -> bool:
-        """Whether a thread can hold one lease of the pool at a time only."""
-        return self._caller is not None
-
-    def connection(self) -> Connection:
-        """Return the request's connection. Raises PoolError after the request's end."""
-        if self.is_over:
-            raise PoolError(f"{self.request}: the request has ended, and its connection was given back")
-        hold = self._live_hold()
-        if hold is not None:
-            held: Connection = hold.conn
-            return held
-        if self._caller is not None:
-            return self._connection_of(self._caller)
-        if self._conn is None or self._conn.closed:
-            if self._conn is not None:
-                self.pool.putconn(self._conn)
-            self._conn = self.pool.getconn()
-        return self._conn
-
-    def _connection_of(self, caller: Caller) -> Connection:
-        here = self.pool.caller()
-        if here is not caller:  # a server that iterates the body in another thread than it called the app in
-            if caller.held is not None:
-                return caller.held.conn
-            self._caller = here
-        conn: Connection = self.pool.getconn()
-        return conn
-
-    def cancel(self) -> None:
-        """Cancel the query that the request waits for, if it does. From any thread."""
-        entry = self._caller.held if self._caller is not None else None
-        for conn in (self._hold and self._hold.conn, self._conn, entry and entry.conn):
-            if conn is not None and self.pool.cancel(conn):
-                log.info("%s: its client has gone, and its query was cancelled", self.request)
-
-    def lend(self, borrower: Any) -> Any:
-        """Let a transaction have the request's connection until it ends; return that."""
-        hold = self.hold()
-        self.borrower, self._lent_in_body = borrower, self.is_streaming
-        return hold
-
-    def hold(self) -> Any:
-        """Return a hold (`IHold`) on the request's connection: from now on only that puts it away."""
-        hold = self._live_hold()
-        if hold is None:
-            conn = self.connection()
-            hold = self._hold = self.pool.hold(conn)
-            self._conn = None
-        return hold
-
-    def _live_hold(self) -> Any:
-        hold = self._hold
-        if hold is not None and hold.conn.closed:
-            self._hold = None
-            hold.putconn()
-        return self._hold
-
-    def end(self) -> None:
-        """Give the connection back. From any thread; harmless when repeated."""
-        if self.is_over:
-            return
-        self.is_over = True
-        self._environ.pop("zpgpool.connection", None)
-        if self._leases.get(id(self.pool)) is self:
-            del self._leases[id(self.pool)]
-        if working_on.get(self._thread) is self.request:
-            del working_on[self._thread]
-        self._release()
-        self._environ = {}  # it refers to us
-
-    def _release(self) -> None:
-        close = bool(self._environ.get("wsgi.run_once"))
-        conn, self._conn = self._conn, None
-        hold, self._hold = self._hold, None
-        try:
-            borrower = self.borrower
-            if hold is not None and (borrower is None or not borrower.is_joined):
-                self.borrower = None
-                hold.putconn(close)
-            elif hold is not None and self._lent_in_body:
-                borrower.abandon(f"{self.request} has ended, and this was begun in its body")
-                hold.putconn(close)
-            elif hold is not None:
-                self._unfinished.append(borrower)
-                log.warning(
-                    "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
-                    "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
-                    self.request,
-                    borrower,
-                )
-            if self._caller is not None:
-                self.pool.putconn_of(self._caller, close=close)
-            elif conn is not None:
-                self.pool.putconn(conn, close=close)
-        except PoolClosed:
-            pass  # the pool was closed during the request, and its connection with it
-        except PoolError as error:
-            log.warning("%s: the connection could not be given back: %s", self.request, error)
-
-
-def current_lease(pool: object) -> Lease | None:
-    """Return the lease on `pool` of the request whose code the calling thread runs; None outside of requests."""
-    lease = _here.leases.get(id(pool))
-    return lease if lease is not None and threading.get_ident() in lease.running else None
-
-
-class Disconnects:
-    """Requests whose clients may go before they are answered: the timer looks after them."""
-
-    #: How often, in seconds.
-    EVERY = 0.5
-
-    def __init__(self) -> None:
-        self._leases: dict[Lease, Callable[[], bool]] = {}
-        self._watched_in = 0
-
-    def add(self, lease: Lease, environ: WSGIEnvironment) -> None:
-        """Look after a request, if the server can tell."""
-        has_gone = environ.get("waitress.client_disconnected")
-        if has_gone is not None:
-            self._leases[lease] = has_gone
-            if self._watched_in != os.getpid():  # after a fork the timer has forgotten us
-                self._watched_in = os.getpid()
-                keeper.watch(self)
-
-    def tend(self, now: float) -> float:
-        """Cancel what nobody waits for any more, and return when to come again."""
-        for lease, has_gone in list(self._leases.items()):
-            if lease.is_over:
-                self._leases.pop(lease, None)
-            elif has_gone():
-                lease.cancel()
-        return now + self.EVERY
 
 
 class PoolMiddleware:
@@ -288,7 +88,7 @@ class PoolMiddleware:
         self._pool = pool
         self._is_by_name = pool is None
         self._registry = registry
-        self._key = _key(name)
+        self._key = lease_key(name)
         self._disconnects = Disconnects() if cancel_on_disconnect else None
 
     @property
