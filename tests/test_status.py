@@ -581,6 +581,46 @@ def test_500_odd_requests(dsn: str, make_pool: MakePool) -> None:
     assert statuses == {200, 404, 405}
 
 
+def test_500_odd_requests_through_a_socket(dsn: str, make_pool: MakePool) -> None:
+    """What no WSGI environ can say: broken request lines, binary headers, through a real waitress."""
+    dice = random.Random(7)
+    evil = b"<script>alert(1)</script>"
+    zpgpool.register_pool(make_pool(dsn=make_dsn(dsn, password=SECRET, application_name=evil.decode())))
+    lines = [b"GET", b"HEAD", b"POST", b"BREW", b"get", b"\xff\xfe", b"", evil, b"G" * 9000]
+    paths = [b"/", b"/json", b"/metrics", b"/status.css", b"/" + evil, b"/" + b"a" * 70_000, b"/\x00\xff", b"//", b"*"]
+    paths += [b"/%3Cscript%3E", b"/../../etc/passwd", b"http://other/", b"/?" + evil, b"", b"/ /"]
+    headers = [
+        b"X-Forwarded-For: 127.0.0.1",
+        b"Authorization: Bearer " + SECRET.encode() + b"-toke",
+        b"Authorization: Bearer " + SECRET.encode() + b"-token",
+        b"Authorization: Bearer \xff\x00",
+        b"Host: " + evil,
+        b"Content-Length: 5",
+        b"Content-Length: -1",
+        b"Transfer-Encoding: chunked",
+        b"Accept: " + evil,
+        b"\xff\xff: x",
+        b"no colon",
+    ]
+    statuses = set()
+    with waitress(StatusApp(token=f"{SECRET}-token"), threads=4) as port:
+        for _ in range(500):
+            request = (
+                dice.choice(lines) + b" " + dice.choice(paths) + dice.choice([b" HTTP/1.1", b" HTTP/1.0", b"", b" x"])
+            )
+            request += b"".join(b"\r\n" + header for header in dice.sample(headers, dice.randrange(4)))
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as conn:
+                conn.sendall(request + b"\r\nConnection: close\r\n\r\n")
+                conn.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda: conn.recv(65536), b""))
+            assert SECRET.encode() not in answer
+            if b"Content-Type: text/html" in answer:
+                assert b"<script>" not in answer
+            if b"Server: waitress" in answer.partition(b"\r\n\r\n")[0] and b"Content-Security-Policy" in answer:
+                statuses.add(int(answer.split()[1]))
+    assert statuses == {200, 404, 405}
+
+
 def test_no_secret_in_what_a_connect_says(dsn: str, make_pool: MakePool) -> None:
     there = parse_dsn(dsn)
     private = {"user": f"{SECRET}user", "password": SECRET, "dbname": f"{SECRET}db"}
@@ -616,11 +656,16 @@ class TestPaste:
         app = load("token = ENV:POOL_TOKEN\nshow-sql = yes\n")
         assert ask(app, peer="10.0.0.1", HTTP_AUTHORIZATION="Bearer sesame").status == 200
         assert app._show_sql
+        app = load("token = ENV:POOL_TOKEN\nloopback = no\n")
+        assert ask(app).status == 404
+        assert ask(app, HTTP_AUTHORIZATION="Bearer sesame").status == 200
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("tokn = x", "unknown option 'tokn' (known: show_sql, token)"),
+            ("tokn = x", "unknown option 'tokn' (known: loopback, show_sql, token)"),
+            ("loopback = no", "option 'loopback': expected true where no token is given: nobody could see the page"),
+            ("loopback = perhaps", "option 'loopback': expected true or false"),
             ("show_sql = maybe", "option 'show_sql': expected true or false"),
             (f"token = {SECRET}", "option 'token': expected ENV:NAME"),
             ("token = ENV:NOT_THERE", "option 'token': the environment has no variable 'NOT_THERE'"),
@@ -822,7 +867,7 @@ class TestInABrowser:
         assert "/slow" not in browser.run(self.TEXT)
         browser.shoot(BUILD / "idle-light.png")
         begin("/slow/1")
-        eventually(lambda: "GET /slow/1" in browser.run(self.TEXT), 2.5)
+        eventually(lambda: "GET /slow/1" in browser.run(self.TEXT), 2.0)
         browser.run("document.querySelector('details').open = true")
         for number in range(2, 8):
             begin(f"/slow/{number}")
@@ -837,6 +882,15 @@ class TestInABrowser:
         browser.shoot(BUILD / "load-phone.png")
         browser.open(url + STATUS, dark=True)
         browser.shoot(BUILD / "load-dark.png")
+        assert browser.complaints == []
+
+    def test_it_rests_in_the_dark(self, browser: Browser, site: Any) -> None:
+        url, _ = site
+        browser.complaints.clear()
+        browser.open(url + STATUS, dark=True)
+        assert "nobody waits" in browser.run(self.TEXT)
+        assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches")
+        browser.shoot(BUILD / "idle-dark.png")
         assert browser.complaints == []
 
     def test_it_is_a_page_without_scripts_too(self, browser: Browser, site: Any) -> None:

@@ -41,6 +41,9 @@ UNSENT = 100_000
 #: The upper bounds of the distributions, in seconds: those of OpenTelemetry's database conventions.
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
+#: Those in a row are one tale, with the last one's text: each tells anew who holds what, and for how long.
+TIMED_OUT = "timed out"
+
 #: Which ends of a connection are worth a tale, and its kind.
 ENDS = {
     "its thread has ended": "thread reclaimed",
@@ -146,7 +149,7 @@ class History:
             case RequestTimedOut():
                 with _lock:
                     self.timeouts += 1
-                self._tell("timed out", str(event.error))
+                self._tell(TIMED_OUT, str(event.error))
             case ConnectionLeaked():
                 self._tell("held for long", str(event.holder))
             case ConnectionClosed() if event.reason in ENDS:
@@ -155,8 +158,8 @@ class History:
     def _tell(self, kind: str, text: str) -> None:
         now = time.time()
         last = self.tales[-1] if self.tales else None
-        if last is not None and (last.kind, last.text) == (kind, text):
-            last.at, last.count = now, last.count + 1
+        if last is not None and last.kind == kind and (last.text == text or kind == TIMED_OUT):
+            last.at, last.text, last.count = now, text, last.count + 1
         else:
             self.tales.append(Tale(now, kind, text))
 

@@ -33,7 +33,7 @@ FILTER_OPTIONS = {"pool": "persistent", "eager": "false", "retry_after": "5", "c
 
 KNOWN = {*FILTER_OPTIONS, *TABLE, "dsn"}
 
-STATUS_OPTIONS = {"show_sql", "token"}
+STATUS_OPTIONS = {"loopback", "show_sql", "token"}
 
 PREFIX = "zpgpool."
 
@@ -54,15 +54,18 @@ def filter_app_factory(app: WSGIApplication, global_conf: Mapping[str, str], **l
 def status_app_factory(global_conf: Mapping[str, str], **local_conf: str) -> StatusApp:
     """Return the status page (PasteDeploy's `paste.app_factory`): see `StatusApp`.
 
-    Its options: `show_sql`, and `token`, which must be `ENV:NAME`: a token that stands in a file is read by others.
+    Its options: `loopback`, `show_sql`, and `token`, which must be `ENV:NAME`: others read what stands in a file.
     Raises SettingError for what is unknown or cannot be, naming the option and the file.
     """
     with _naming("zpgpool status", global_conf):
         options = {name.replace("-", "_"): value for name, value in local_conf.items()}
         if strange := sorted(set(options) - STATUS_OPTIONS):
             raise SettingError(f"unknown option {strange[0]!r} (known: {', '.join(sorted(STATUS_OPTIONS))})")
-        show_sql = convert_with(flag, "show_sql", options.get("show_sql", "false"))
-        return StatusApp(token=_read_token(options["token"]) if "token" in options else None, show_sql=show_sql)
+        return StatusApp(
+            token=_read_token(options["token"]) if "token" in options else None,
+            show_sql=convert_with(flag, "show_sql", options.get("show_sql", "false")),
+            loopback=convert_with(flag, "loopback", options.get("loopback", "true")),
+        )
 
 
 def _read_token(where: str) -> str:

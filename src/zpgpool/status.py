@@ -26,6 +26,7 @@ from .history import begin
 from .history import history_of
 from .page import draw
 from .page import title
+from .settings import SettingError
 from .snapshot import list_pools
 from .snapshot import take
 
@@ -58,15 +59,28 @@ class StatusApp:
 
     token -- opens it to whoever sends `Authorization: Bearer <token>`; without, only this machine's own addresses do,
         and those not for a request that came through a proxy.
+    loopback -- False: not for this machine's own addresses either. A proxy on this machine that adds no header makes
+        everybody look local.
     show_sql -- with the text of the queries that run.
     registry -- where the pools are registered; by default the global registry.
+
+    Raises SettingError when nobody could see it.
     """
 
-    def __init__(self, token: str | None = None, show_sql: bool = False, registry: Components | None = None) -> None:
+    def __init__(
+        self,
+        token: str | None = None,
+        show_sql: bool = False,
+        registry: Components | None = None,
+        loopback: bool = True,
+    ) -> None:
+        if not loopback and not token:
+            raise SettingError("option 'loopback': expected true where no token is given: nobody could see the page")
         folder = files(__package__) / "pages"
         self._page = Template((folder / "status.html").read_text("utf-8"))
         self._static = {path: (folder / path[1:]).read_bytes() for path in STATIC}
         self._token = token.encode() if token else None
+        self._is_loopback_open = loopback
         self._show_sql = show_sql
         self._registry = registry
         self._metrics = _exposition(registry)
@@ -97,7 +111,9 @@ class StatusApp:
         if self._token is not None and scheme.lower() == "bearer":
             if hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token):
                 return True
-        return not any(name in environ for name in FORWARDED) and _is_loopback(environ.get("REMOTE_ADDR", ""))
+        if not self._is_loopback_open or any(name in environ for name in FORWARDED):
+            return False
+        return _is_loopback(environ.get("REMOTE_ADDR", ""))
 
     def _front(self, environ: WSGIEnvironment) -> Response:
         offers = Request(environ).accept.acceptable_offers(["text/html", "application/json"])

@@ -1,7 +1,7 @@
 // Keeps the page live: fetches it again, and puts what is new in the place of what was.
 "use strict";
 
-const EVERY = 2000; // milliseconds
+const EVERY = 1500; // milliseconds: what has begun is to be seen within two seconds
 const live = document.getElementById("live");
 
 function isRead() { // a selection would be lost
