@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from typing import NoReturn
 
@@ -20,6 +23,8 @@ from zope.testing.cleanup import cleanUp
 import zpgpool
 from zpgpool.demo.server import EmbeddedServer
 
+
+ROOT = Path(__file__).parent.parent
 
 KINDS = {
     "simple": zpgpool.SimpleConnectionPool,
@@ -48,6 +53,17 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSer
     data = tmp_path_factory.mktemp("own") / "data"
     with EmbeddedServer(data, port=free_port(), options=SERVER_OPTIONS) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as users install it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    [wheel] = folder.glob("zpgpool-*.whl")
+    return wheel
 
 
 def missing(install: str) -> NoReturn:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 
 USE = """
 import sys
@@ -32,15 +32,6 @@ pool.close()
 
 def run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    result = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT)
-    assert result.returncode == 0, result.stderr
-    [wheel] = folder.glob("zpgpool-*.whl")
-    return wheel
 
 
 @pytest.fixture(scope="module")

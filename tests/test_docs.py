@@ -1,7 +1,8 @@
 """What README.rst and docs/ show is run, block by block, on the real server; what the code has is on a page.
 
 A comment before a block says how it is run: `.. file: NAME` saves it, `.. serve: COMMAND` starts a server first, which
-must answer, `.. fresh` forgets the blocks before, `.. not run: REASON` leaves it out.
+must answer, `.. serve` says that the block's own command is one, `.. fresh` forgets the blocks before,
+`.. not run: REASON` leaves it out, `.. walk only: REASON` leaves it to tests/test_walks.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import urllib.request
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +43,7 @@ from conftest import eventually
 from conftest import free_port
 from conftest import missing
 from conftest import Outside
+from conftest import ROOT
 from zpgpool import base
 from zpgpool import history
 from zpgpool import interfaces
@@ -53,7 +56,6 @@ from zpgpool.interfaces import IConnectionPool
 from zpgpool.settings import TABLE
 
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src" / "zpgpool"
 
@@ -66,7 +68,7 @@ RUN = {"python", "ini", "xml", "console"}
 SHOWN = {"apache", "nginx", "text", "yaml"}
 
 #: How many blocks of the former cannot be run. Think twice before you add one.
-NOT_RUN = 6
+NOT_RUN = 3
 
 TABLES = """
 DROP TABLE IF EXISTS accounts, keys, orders;
@@ -114,7 +116,7 @@ def read_blocks(path: Path) -> list[Block]:
     marks: dict[str, str] = {}
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
-        if mark := re.match(r"\s*\.\. (file|serve|fresh|not run)(?:: (.*))?$", line):
+        if mark := re.match(r"\s*\.\. (file|serve|fresh|not run|walk only)(?:: (.*))?$", line):
             marks[mark[1]] = mark[2] or ""
         elif found := re.match(r"( *)\.\. code-block:: (\w+)$", line):
             body = []
@@ -161,9 +163,12 @@ class Desk:
             self.names = {}
         if name := block.marks.get("file"):
             (self.folder / name).write_text(text)
-        if "serve" in block.marks:
-            self.serve(block.marks["serve"].replace("8080", self.port))
-        if block.language in RUN and "not run" not in block.marks:
+        if command := block.marks.get("serve"):
+            self.serve(command.replace("8080", self.port))
+        if "serve" in block.marks and not command:
+            [(command, expected)] = commands(text)
+            self.serve(command, expected)
+        elif block.language in RUN and "not run" not in block.marks:
             getattr(self, f"do_{block.language}")(block, text)
 
     def do_python(self, block: Block, text: str) -> None:
@@ -209,29 +214,30 @@ class Desk:
         configurator.make_wsgi_app()
 
     def do_console(self, block: Block, text: str) -> None:
-        for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
+        for command, expected in commands(text):
             result = subprocess.run(
                 ["bash", "-c", command], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
             )
             got = result.stdout.decode()
             if expected:
-                parts = re.split(r"\s*\.\.\.\s*", " ".join(expected.split()))
-                pattern = ".*?".join(re.escape(part) for part in parts)
-                assert re.fullmatch(pattern, " ".join(got.split()), re.DOTALL), f"{block}: {command}\n{got}"
+                assert matches(expected, got), f"{block}: {command}\n{got}"
             else:
                 assert result.returncode == 0, f"{block}: {command}\n{got}"
 
-    def serve(self, command: str) -> None:
+    def serve(self, command: str, expected: str = "...") -> None:
         """Start a server in the background, instead of the one before, and wait until it answers."""
         self.stop()
-        with (self.folder / "server.log").open("wb") as log:
+        if "zpgpool demo" in command and "--port" not in command:
+            command += f" --port {self.port}"
+        path = self.folder / "server.log"
+        with path.open("wb") as log:
             self._server = subprocess.Popen(
                 ["bash", "-c", command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         server = self._server
 
         def has_answered() -> bool:
-            assert server.poll() is None, (self.folder / "server.log").read_text()
+            assert server.poll() is None, path.read_text()
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=10) as answer:
                     return bool(answer.status == 200)
@@ -242,17 +248,30 @@ class Desk:
                 return False
 
         eventually(has_answered, 60)
+        assert matches(expected, path.read_text()), path.read_text()
 
     def stop(self) -> None:
         """Stop the server, if there is one."""
         if self._server is not None:
-            os.killpg(self._server.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGTERM)
             try:
                 self._server.wait(5)
             except subprocess.TimeoutExpired:  # a worker of gunicorn that was just beginning has missed it
                 os.killpg(self._server.pid, signal.SIGKILL)
                 self._server.wait(10)
             self._server = None
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """Return the commands of a console's block, each with what it prints."""
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+
+
+def matches(expected: str, got: str) -> bool:
+    """Whether a command has printed what the page says, where `...` stands for anything."""
+    parts = re.split(r"\s*\.\.\.\s*", " ".join(expected.split()))
+    return bool(re.fullmatch(".*?".join(re.escape(part) for part in parts), " ".join(got.split()), re.DOTALL))
 
 
 def _is_whole(config: configparser.RawConfigParser) -> bool:
@@ -274,6 +293,8 @@ def desk(tmp_path: Path, own_server: EmbeddedServer, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("APP_DSN", own_server.dsn)
     monkeypatch.setenv("ZPGPOOL_DEMO_DSN", own_server.dsn)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the demo keeps its data
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     modules, pools, exporters = set(sys.modules), set(base._pools), list(history._exporters)
     desk = Desk(tmp_path)
     yield desk
@@ -292,7 +313,8 @@ def desk(tmp_path: Path, own_server: EmbeddedServer, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks and "moving" not in name])
 def test_a_page_does_what_it_says(name: str, desk: Desk) -> None:
     for block in BLOCKS[name]:
-        desk.do(block)
+        if "walk only" not in block.marks:
+            desk.do(block)
     if name in AFTERWARDS:
         AFTERWARDS[name](desk)
 

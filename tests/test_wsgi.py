@@ -1081,6 +1081,7 @@ class TestThreads:
         self, pool: Any, caplog: pytest.LogCaptureFixture, outside: Outside
     ) -> None:
         """Pitfall 13."""
+        pool.is_attended = True  # by the test: the timer's thread would see it a moment before it has said so
         bodies: list[Any] = []
 
         def work() -> None:

@@ -142,6 +142,8 @@ class EmbeddedServer:
             capability = "+dac_read_search"
             prefix += ["--reuid", SERVANT, "--regid", str(pwd.getpwnam(SERVANT).pw_gid), "--clear-groups"]
             prefix += ["--inh-caps", capability, "--ambient-caps", capability]
+            # For access(2), too, by which initdb looks for postgres: it leaves the capabilities of a non-root user out.
+            prefix += ["--securebits", "+no_setuid_fixup"]
         return [*prefix, str(self._binaries / program), *args]
 
     def _initdb(self, folder: Path) -> None:
