@@ -18,8 +18,8 @@ FLOORS = [
     ["errors", "interfaces", "settings"],
     ["events", "handoff", "caller", "entry", "outage", "stock", "base", "pool", "keeper", "registry"],
     [
-        *["history", "snapshot", "page", "metrics", "status"],
-        *["lease", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
+        *["aside", "lag", "history", "snapshot", "page", "metrics", "status"],
+        *["lease", "readers", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
     ],
     ["demo", "check", "top", "__main__"],
 ]
