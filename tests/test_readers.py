@@ -210,13 +210,14 @@ def test_beside_a_filter_of_the_replicas_own(make_main: Any, kind: Any, order: l
     make_main(kind)
 
     def inner(environ: Any, start_response: Any) -> Iterator[bytes]:
+        assert get_connection(environ, "main") is environ.get("zpgpool.connection", get_connection(environ, "main"))
         assert get_connection(environ, "main") is get_connection(environ, "replica")
         start_response("200 OK", [("Content-Type", "text/plain")])
         yield run(get_connection(environ, "main"), WHERE).encode()
 
     wrapped: Any = inner
     for name in order:
-        wrapped = PoolMiddleware(wrapped, name=name)
+        wrapped = PoolMiddleware(wrapped, name=name, eager=name == "replica")
     assert TestApp(wrapped).get("/").text == "standby"
     assert [pool.holders() for pool in pools()] == [[], []]
 
@@ -375,8 +376,22 @@ def streamed(environ: Any, start_response: Any) -> Iterator[bytes]:
     yield from answer
 
 
+def streamed_in_the_end(environ: Any, start_response: Any) -> Iterator[bytes]:
+    """Fails before it returns a body, or goes on in that with the connection that it has."""
+    conn, answer = get_connection(environ, "main"), app(environ, start_response)
+
+    def body() -> Iterator[bytes]:
+        assert [len(pool.holders()) for pool in pools()] == [1, 0]
+        assert get_connection(environ, "main") is conn
+        yield from answer
+
+    return body()
+
+
 class Opened:
     """A body that must be closed once."""
+
+    closed = 0
 
     def __init__(self, environ: Any, start_response: Any) -> None:
         self.body: Any = streamed(environ, start_response)
@@ -388,19 +403,22 @@ class Opened:
     def close(self) -> None:
         assert not self.is_closed
         self.is_closed = True
+        Opened.closed += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("inner", [app, streamed, Opened])
+@pytest.mark.parametrize("inner", [app, streamed, streamed_in_the_end, Opened])
 def test_a_request_in_flight_begins_again(
     make_main: Any, level: Pair, kind: Any, inner: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_main(kind)
+    Opened.closed = 0
     request = Call(site(inner).get, "/slow")
     eventually(lambda: [holder for holder in pools()[1].holders() if holder.status == "in a query"])
     level.standby.halt(signal.SIGQUIT)
     assert request.result().text == "primary"
     assert "GET /slow: the replica failed: " in caplog.text
+    assert Opened.closed == (2 if inner is Opened else 0)
     assert [pool.holders() for pool in pools()] == [[], []]
 
 
