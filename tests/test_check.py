@@ -22,6 +22,7 @@ from proxy import Proxy
 from test_pgbouncer import MODES
 from test_pgbouncer import PgBouncer
 from zpgpool.__main__ import main
+from zpgpool.aside import NoAnswer
 from zpgpool.check import _is_local
 from zpgpool.check import _network
 from zpgpool.check import examine
@@ -29,7 +30,6 @@ from zpgpool.check import LEVELS
 from zpgpool.check import size_pool
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.snapshot import ask_server
-from zpgpool.snapshot import NoAnswer
 
 
 SECRET = "hunter2"

@@ -31,8 +31,8 @@ FLOORS = [
         "registry",
     ],
     [
-        *["history", "snapshot", "page", "metrics", "status"],
-        *["lease", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
+        *["aside", "lag", "history", "snapshot", "page", "metrics", "status"],
+        *["lease", "readers", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
     ],
     ["demo", "check", "top", "__main__"],
 ]

@@ -94,6 +94,7 @@ class TestOnce:
             "idle": 0,
             "max": 2,
             "waiting": 1,
+            "lag": {"seconds": 2.5, "ago": 1.0, "trouble": ""},
             "samples": [{"used": number % 3, "waiting": number, "wait": number / 9} for number in range(9)],
             "server_note": "it is silent",
             "holders": [{**holder, "server": None}, {**holder, "server": server}],
@@ -107,6 +108,7 @@ class TestOnce:
         for each in (
             "1 request waits, for 1.0 s",
             "GET /late",
+            "behind the primary: 2.5 s",
             "server gone (3)",
             "without what the server says: it is silent",
             "7 active Lock/advisory blocked by [8]",

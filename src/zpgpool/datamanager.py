@@ -28,6 +28,7 @@ from zope.interface import implementer
 from .entry import one_line
 from .errors import PoolError
 from .lease import current_lease
+from .readers import blames_replica
 from .registry import get_pool
 
 
@@ -74,6 +75,8 @@ def connection(name: str = "", tm: Any = None, registry: Components | None = Non
     already, PoolError when the connection cannot take part in it, and what `IConnectionPool.getconn` raises.
     """
     pool = get_pool(name, registry)
+    if (lease := current_lease(pool)) is not None:
+        pool = lease.source()
     tm = transaction.manager if tm is None else tm
     try:
         txn = tm.get()
@@ -363,7 +366,7 @@ class Savepoint:
 
 def is_retryable(error: BaseException) -> bool:
     """Whether `error` says that the same transaction may succeed when it is run again."""
-    return isinstance(error, psycopg2.Error) and (error.pgcode or "").startswith(RETRYABLE)
+    return isinstance(error, psycopg2.Error) and (blames_replica(error) or (error.pgcode or "").startswith(RETRYABLE))
 
 
 def make_transient(error: psycopg2.Error) -> None:

@@ -26,6 +26,7 @@ from .events import ConnectionOpened
 from .events import PoolEvent
 from .events import RequestTimedOut
 from .interfaces import IObserver
+from .lag import lag_of
 
 
 #: Between two samples, and how far back they are kept, in seconds.
@@ -54,13 +55,14 @@ ENDS = {
 
 
 class Sample(NamedTuple):
-    """A pool's sizes at a moment (monotonic seconds), and the longest wait since the sample before."""
+    """A pool's sizes at a moment (monotonic seconds), the longest wait since the sample before, a replica's lag."""
 
     at: float
     used: int
     idle: int
     waiting: int
     wait: float
+    lag: float | None = None
 
 
 @dataclass
@@ -136,7 +138,9 @@ class History:
             idle, waiting = stats["pool_available"], pool.waiters()
             longest, self._longest_wait = self._longest_wait, 0.0
             wait = max([longest, *(waiter.seconds for waiter in waiting)])
-            self.samples.append(Sample(now, max(0, stats["pool_size"] - idle), idle, len(waiting), wait))
+            lag = lag_of(pool)
+            used = max(0, stats["pool_size"] - idle)
+            self.samples.append(Sample(now, used, idle, len(waiting), wait, None if lag is None else lag.seconds))
         return self._due
 
     def tell(self, event: PoolEvent) -> None:

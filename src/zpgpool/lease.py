@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from .keeper import keeper
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
+    import psycopg2
     from psycopg2.extensions import connection as Connection
 
     from .caller import Caller
@@ -86,7 +88,7 @@ class Lease:
         self.home.leases[id(pool)] = self
         working_on[self._thread] = self.request
 
-    def run(self) -> Run:
+    def run(self) -> AbstractContextManager[None]:
         """Return a context manager around a call into the application's code."""
         return Run(self)
 
@@ -120,11 +122,24 @@ class Lease:
         conn: Connection = self.pool.getconn()
         return conn
 
+    def source(self) -> Any:
+        """Return the pool that the request's connection comes from."""
+        return self.pool
+
+    def had(self, error: psycopg2.Error) -> bool:
+        """Whether the request had `error` from its connection: one without a cursor is of a closed connection."""
+        conn = error.cursor.connection if error.cursor is not None else None
+        return any(own is conn or (conn is None and own.closed) for own in self._conns())
+
+    def _conns(self) -> list[Connection]:
+        entry = self._caller.held if self._caller is not None else None
+        conns = (self._hold and self._hold.conn, self._conn, None if entry is None else entry.conn)
+        return [conn for conn in conns if conn is not None]
+
     def cancel(self) -> None:
         """Cancel the query that the request waits for, if it does. From any thread."""
-        entry = self._caller.held if self._caller is not None else None
-        for conn in (self._hold and self._hold.conn, self._conn, entry and entry.conn):
-            if conn is not None and self.pool.cancel(conn):
+        for conn in self._conns():
+            if self.pool.cancel(conn):
                 log.info("%s: its client has gone, and its query was cancelled", self.request)
 
     def lend(self, borrower: Any) -> Any:

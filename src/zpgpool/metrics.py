@@ -19,6 +19,7 @@ from zope.interface.registry import Components
 from .history import begin
 from .history import BOUNDS
 from .history import history_of
+from .lag import lag_of
 from .snapshot import list_pools
 
 
@@ -108,6 +109,11 @@ class PoolCollector:
             yield family
         for time, help in TIMES.items():
             yield self._times(time, help, pools)
+        lags = self._core.GaugeMetricFamily(f"{LAG.replace('.', '_')}_seconds", LAG_HELP, labels=LABELS)
+        for name, pool, _ in pools:
+            if (lag := lag_of(pool)) is not None and lag.seconds is not None:
+                lags.add_metric([name], lag.seconds)
+        yield lags
 
     def _number(self, number: Number, pools: Iterable[tuple[str, Any, dict[str, int]]]) -> Metric:
         family = self._core.CounterMetricFamily if number.is_counter else self._core.GaugeMetricFamily
@@ -129,6 +135,10 @@ class PoolCollector:
 
 
 LABELS = ["pool_name"]
+
+#: Of a replica's pool, while it is known.
+LAG = "zpgpool.replica.lag"
+LAG_HELP = "How far the replica is behind the primary"
 
 
 def _underscored(name: str) -> str:
@@ -165,3 +175,10 @@ def instrument(meter_provider: MeterProvider | None = None, registry: Components
     for number in NUMBERS:
         create = meter.create_observable_counter if number.is_counter else meter.create_observable_up_down_counter
         create(f"{PREFIX}{number.name}", [observe(number)], number.unit, number.help)
+
+    def observe_lag(options: CallbackOptions) -> Iterator[Observation]:
+        for name, pool in list_pools(registry):
+            if (lag := lag_of(pool)) is not None and lag.seconds is not None:
+                yield Observation(lag.seconds, {f"{PREFIX}pool.name": name})
+
+    meter.create_observable_gauge(LAG, [observe_lag], "s", LAG_HELP)

@@ -50,6 +50,8 @@ def verdict(pool: dict[str, Any]) -> tuple[str, str]:
         longest = seconds(max(waiter["seconds"] for waiter in pool["waiters"]))
         who = f"{waiting} requests wait, the longest" if waiting > 1 else "1 request waits,"
         return "bad", f"{used} of {most} connections in use; {who} for {longest}."
+    if pool["lag"] and pool["lag"]["trouble"]:
+        return "warn", f"The replica is lost: {pool['lag']['trouble']}"
     if used >= most:
         return "warn", f"All {most} connections are in use; nobody waits yet."
     return "good", f"{used} of {most} connections in use, {pool['idle']} idle; nobody waits."
@@ -73,7 +75,7 @@ def _pool(pool: dict[str, Any], number: int) -> str:
 <h2 id="pool-{number}">{name} <small>{_e(pool["kind"])}</small></h2>
 <p class="verdict {mood}">{_e(words)}</p>
 <div class="charts">{_charts(pool)}</div>
-<h3>Who holds a connection</h3>
+{_lag(pool["lag"])}<h3>Who holds a connection</h3>
 {note}{_table("Nobody.", map(_holder, pool["holders"]))}
 <h3>Who waits for one</h3>
 {_table("Nobody.", map(_waiter, pool["waiters"]))}
@@ -81,6 +83,13 @@ def _pool(pool: dict[str, Any], number: int) -> str:
 {_table("Nothing worth telling.", map(_tale, pool["tales"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
 </section>"""
+
+
+def _lag(lag: dict[str, Any] | None) -> str:
+    if lag is None:
+        return ""
+    what = "not known" if lag["seconds"] is None else f"{seconds(lag['seconds'])}, {seconds(lag['ago'])} ago"
+    return f'<p class="lag">Behind the primary: {what}</p>\n'
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -193,7 +202,19 @@ def _charts(pool: dict[str, Any]) -> str:
                 f'<span><i class="key wait"></i>Longest wait</span><b>at most {seconds(max(waits))}</b>',
                 _area("wait", samples, waits, max([0.1, *waits])),
             ),
+            _lag_chart(pool["samples"]) if pool["lag"] else "",
         ]
+    )
+
+
+def _lag_chart(samples: Sequence[dict[str, Any]]) -> str:
+    known = [sample for sample in samples if sample["lag"] is not None]
+    lags = [sample["lag"] for sample in known]
+    most = max(lags, default=0.0)
+    return _chart(
+        f"Behind the primary in the last ten minutes: at most {seconds(most)}",
+        f'<span><i class="key wait"></i>Behind the primary</span><b>at most {seconds(most)}</b>',
+        _area("wait", known, lags, max(0.1, most)),
     )
 
 

@@ -214,6 +214,15 @@ class PoolSettings:
     twophase: bool = row(
         flag, False, "true or false", "transactions joined by zpgpool.datamanager commit in two phases (PREPARE)"
     )
+    replica: str = row(
+        text, "", "name", "the pool of a standby, which requests of safe methods (GET, HEAD, OPTIONS) get in its place"
+    )
+    primary_after_write: float = row(
+        number, 5.0, "seconds", "with replica: how long a client that wrote reads here, too, to see it; 0: not at all"
+    )
+    max_lag: float | None = row(
+        optional(number), 3.0, "seconds", "with replica: one that is further behind is left out; none: however far"
+    )
     prune_interval: float = row(interval, 30.0, "seconds", "between two rounds of the timer, at most")
     leak_after: float | None = row(
         optional(interval), None, "seconds", "who holds a connection longer is logged: thread, request, source line"
@@ -229,6 +238,8 @@ class PoolSettings:
         check_sizes(self.minconn, self.maxconn)
         if self.twophase and self.autocommit:
             raise SettingError("option 'twophase' cannot be kept with option 'autocommit': there is no transaction")
+        if self.replica and self.replica == self.name:
+            raise SettingError(f"option 'replica': {self.name!r} is this pool itself")
         self._check_pooler()
 
     def _check_pooler(self) -> None:

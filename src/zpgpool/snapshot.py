@@ -6,10 +6,8 @@ Takes no pooled connection: the server is asked over one of its own, for a short
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Collection
 from collections.abc import Iterable
-from contextlib import closing
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -17,15 +15,15 @@ from datetime import timezone
 from time import monotonic
 from typing import Any
 
-import psycopg2
-from psycopg2.extensions import POLL_OK
-from psycopg2.extensions import POLL_READ
 from zope.component import getGlobalSiteManager
 from zope.interface.registry import Components
 
+from .aside import ask
+from .aside import NoAnswer
 from .entry import one_line
 from .history import history_of
 from .interfaces import IConnectionPool
+from .lag import lag_of
 
 
 #: How long the servers of all pools together may be asked, in seconds; a statement there takes half of that at most.
@@ -45,10 +43,6 @@ FROM pg_stat_activity WHERE pid = ANY(%s) OR pid = pg_backend_pid()
 """
 
 SERVER_COLUMNS = ("application_name", "state", "wait_event_type", "wait_event", "seconds", "blocked_by", "query")
-
-
-class NoAnswer(Exception):
-    """What the server cannot be asked; the message is one line, without a secret."""
 
 
 def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
@@ -78,6 +72,7 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
     waiters = [asdict(waiter) for waiter in pool.waiters()]
     for each in (*holders, *waiters):
         each.update({key: readable(value) for key, value in each.items() if isinstance(value, str)})
+    lag = None if pool.closed else lag_of(pool)
     server_note = "" if pool.closed else _join_server(pool, holders, until, show_sql)
     return {
         "name": readable(name),
@@ -91,6 +86,7 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
         "waiting": len(waiters),
         "outage": readable(pool.scrub(one_line(pool.outage))) if pool.outage else "",
         "server_note": server_note,
+        "lag": lag and {**(shown := lag.show(now)), "trouble": readable(shown["trouble"])},
         "holders": sorted(holders, key=lambda each: -each["seconds"]),
         "waiters": waiters,
         "tales": [
@@ -103,8 +99,8 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
             for tale in reversed(history.tales)
         ],
         "samples": [
-            {"ago": now - at, "used": used, "idle": idle, "waiting": waiting, "wait": wait}
-            for at, used, idle, waiting, wait in list(history.samples)
+            {"ago": now - at, "used": used, "idle": idle, "waiting": waiting, "wait": wait, "lag": behind}
+            for at, used, idle, waiting, wait, behind in list(history.samples)
         ],
         "stats": stats,
     }
@@ -128,7 +124,7 @@ def _join_server(pool: Any, holders: list[dict[str, Any]], until: float, show_sq
         try:
             found = ask_server(pool, pids, until, show_sql)
         except NoAnswer as error:
-            note = str(error)
+            note = readable(str(error))
     for holder in holders:
         holder["server"] = found.get(holder["backend_pid"])
     return note
@@ -139,29 +135,8 @@ def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = 
 
     Raises NoAnswer, at `until` (monotonic seconds) at the latest.
     """
-    try:
-        # Asynchronous: no deadline of libpq's ends a connect, or a query, to a server that has fallen silent.
-        with closing(pool.connect_aside(async_=True, application_name="zpgpool status")) as conn:
-            _wait(conn, until)
-            with conn.cursor() as cursor:
-                cursor.execute(ACTIVITY, (show_sql, list(pids)))
-                _wait(conn, until)
-                rows = cursor.fetchall()
-            own_pid = conn.get_backend_pid()
-    except TimeoutError:
-        raise NoAnswer("the server does not answer") from None
-    except (psycopg2.Error, OSError, UnicodeError) as error:
-        raise NoAnswer(readable(pool.scrub(one_line(error)))) from None
+    rows, own_pid = ask(pool, "zpgpool status", ACTIVITY, (show_sql, list(pids)), until)
     if own_pid not in [pid for pid, is_own, *_ in rows if is_own]:
         raise NoAnswer("a pooler is in between: the server knows these backends by other numbers")
     shown = {pid: [readable(value) if isinstance(value, str) else value for value in rest] for pid, _, *rest in rows}
     return {pid: dict(zip(SERVER_COLUMNS, values, strict=True)) for pid, values in shown.items()}
-
-
-def _wait(conn: Any, until: float) -> None:
-    """Wait until a connect or query has ended. Raises TimeoutError at `until`."""
-    while (state := conn.poll()) != POLL_OK:
-        poll = select.poll()  # a new one: while it connects, the socket may become another one
-        poll.register(conn, select.POLLIN if state == POLL_READ else select.POLLOUT)
-        if not poll.poll(max(0.0, until - monotonic()) * 1000):
-            raise TimeoutError

@@ -150,6 +150,8 @@ def _pool(pool: dict[str, Any]) -> Iterator[Any]:
     for label, name, most in (("in use ", "used", pool["max"]), ("waiting", "waiting", 1), ("wait   ", "wait", 0.1)):
         values = [sample[name] for sample in samples]
         yield Text.assemble((label + " ", "dim"), _bars(values, max([most, *values])))
+    if pool["lag"] and pool["lag"]["seconds"] is not None:
+        yield Text(f"behind the primary: {seconds(pool['lag']['seconds'])}", style="dim")
     if pool["server_note"]:
         yield Text(f"without what the server says: {pool['server_note']}", style="yellow")
     if pool["holders"]:

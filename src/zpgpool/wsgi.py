@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sized
 from functools import partial
+from time import monotonic
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,21 @@ from zope.interface.registry import Components
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
+from .lag import lag_of
+from .lag import NOT_YET
+from .lag import watch
 from .lease import Disconnects
 from .lease import here
 from .lease import Lease
 from .lease import lease_key
 from .pool import SimpleConnectionPool
+from .readers import anew
+from .readers import asks_for_primary
+from .readers import has_body
+from .readers import is_refused_write
+from .readers import is_safe
+from .readers import ReadingLease
+from .readers import remembering
 from .registry import get_pool
 
 
@@ -39,6 +50,8 @@ if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
     from psycopg2.extensions import connection as Connection
+
+    from .settings import PoolSettings
 
 
 log = logging.getLogger("zpgpool")
@@ -69,6 +82,8 @@ class PoolMiddleware:
     cancel_on_disconnect -- cancel the query of a request whose client has gone, as waitress tells when its setting
         `channel_request_lookahead` is above 0.
 
+    Where the pool's settings name a `replica`, requests of safe methods get their connection from that pool.
+
     A pool for one thread is refused with PoolError when the server says that it runs several.
     """
 
@@ -86,34 +101,91 @@ class PoolMiddleware:
         self.name = name
         self.eager = eager
         self.retry_after = retry_after
-        self._serve(pool)
+        self._adopt(pool)
         self._is_by_name = pool is None
         self._registry = registry
         self._key = lease_key(name)
+        self._is_left_out = False  # the replica
         self._disconnects = Disconnects() if cancel_on_disconnect else None
 
     @property
     def pool(self) -> Any:
         """The pool that is served. Raises ComponentLookupError when there is none yet."""
         if self._pool is None or (self._is_by_name and self._pool.closed):
-            self._serve(get_pool(self.name, self._registry))
+            self._adopt(get_pool(self.name, self._registry))
         return self._pool
 
-    def _serve(self, pool: Any) -> None:
+    def _adopt(self, pool: Any) -> None:
         self._pool = pool
         self._is_for_one_thread = isinstance(pool, SimpleConnectionPool)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         pool = self.pool
-        if self._is_for_one_thread and environ.get("wsgi.multithread"):
-            raise PoolError(f"{pool!r} is for one thread, this server runs several: use 'persistent' or 'threaded'")
-        outer = self._outer_lease(pool, environ)
+        if self._is_for_one_thread:
+            _check_threads(pool, environ)
+        outer = _outer_lease(environ, self._key, pool)
         if outer is not None:
             environ[self._key] = outer
             return self.app(environ, start_response)
+        settings = getattr(pool, "settings", None)
+        if settings is not None and settings.replica:
+            return self._route(environ, start_response, pool, settings)
+        return self._serve(environ, start_response, Lease(pool, environ))
+
+    def _route(
+        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any, settings: PoolSettings
+    ) -> Iterable[bytes]:
+        """Serve a request from the pool's replica, if it may be read from, or else from the pool."""
+        seconds = settings.primary_after_write
+        if not is_safe(environ):
+            return self._serve(environ, remembering(start_response, environ, seconds), Lease(pool, environ))
+        replica = None if asks_for_primary(environ, seconds) else self._find_replica(pool, settings)
+        if replica is None:
+            return self._serve(environ, start_response, Lease(pool, environ))
+        before = dict(environ)
+
+        def begin_again(error: psycopg2.Error) -> Iterable[bytes]:
+            environ.clear()
+            environ.update(before)
+            # Whatever it does now, it may have written: its client shall see that.
+            start = remembering(anew(start_response, error), environ, seconds if is_refused_write(error) else 0)
+            return self._serve(environ, start, Lease(pool, environ))
+
+        key = lease_key(settings.replica)
+        _check_threads(replica, environ)
+        reader = _outer_lease(environ, key, replica)
+        is_own = reader is None
+        reader = environ[key] = reader or Lease(replica, environ)
+        lease = ReadingLease(pool, environ, reader, is_own)
+        return self._serve(environ, start_response, lease, None if has_body(environ) else begin_again)
+
+    def _find_replica(self, pool: Any, settings: PoolSettings) -> Any:
+        """Return the replica, or None when nobody should read there now."""
+        replica: Any = get_pool(settings.replica, self._registry)
+        why = "it is closed" if replica.closed else watch(replica).why_not(settings.max_lag, monotonic())
+        if why is not NOT_YET and bool(why) is not self._is_left_out:
+            self._is_left_out = bool(why)
+            if why:
+                log.warning("%r is left out, %r is read from: %s", replica, pool, why)
+            else:
+                log.warning("%r is read from again", replica)
+        return None if why else replica
+
+    def _serve(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        lease: Lease,
+        begin_again: Callable[[psycopg2.Error], Iterable[bytes]] | None = None,
+    ) -> Iterable[bytes]:
+        """Call the application with `lease`, and end that with the request.
+
+        begin_again -- serves the request on the primary, where the replica has failed it.
+        """
+        pool = lease.pool
+        environ[self._key] = lease
         if environ.get("wsgi.run_once"):
             pool.is_attended = True  # a process for one request needs no timer
-        lease = environ[self._key] = Lease(pool, environ)
         while lease.home.unfinished:
             lease.home.unfinished.pop().abandon(f"{lease.request} begins, which must not commit it")
         if self._disconnects is not None:
@@ -125,7 +197,7 @@ class PoolMiddleware:
                     environ["zpgpool.connection"] = lease.connection()
                 body = self.app(environ, start_response)
         except psycopg2.Error as error:
-            return self._refuse(lease, environ, start_response, error)
+            return self._refuse(environ, start_response, lease, begin_again, error)
         finally:
             # Nothing of the application runs after this; a file is sent, and closed, by whichever thread.
             if body is None or type(body) in (list, tuple) or _is_file(body, environ):
@@ -133,33 +205,25 @@ class PoolMiddleware:
         if lease.is_over:
             return body
         lease.is_streaming = True
-        refuse = partial(self._refuse, lease, environ, start_response)
+        refuse = partial(self._refuse, environ, start_response, lease, begin_again)
         return (_SizedBody if isinstance(body, Sized) else _Body)(body, lease, refuse)
 
-    def _outer_lease(self, pool: Any, environ: WSGIEnvironment) -> Lease | None:
-        """Return the lease of a request that this one is part of: another filter's, or a subrequest's."""
-        lease = environ.get(self._key)
-        if isinstance(lease, Lease) and lease.pool is pool and not lease.is_over:
-            return lease
-        lease = here.mine.leases.get(id(pool))
-        if lease is None or threading.get_ident() in lease.running:
-            return lease
-        if lease.is_thread_bound:
-            if lease.running:
-                raise PoolError(
-                    f"{lease.request}: another thread iterates its body still, and this one begins a new request, but "
-                    f"{pool!r} has one connection for each thread: use a 'threaded' pool with this server"
-                )
-            log.warning("%s: its body was not closed before the thread's next request; ended now", lease.request)
-            lease.end()
-        return None
-
     def _refuse(
-        self, lease: Lease, environ: WSGIEnvironment, start_response: StartResponse, error: psycopg2.Error
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        lease: Lease,
+        begin_again: Callable[[psycopg2.Error], Iterable[bytes]] | None,
+        error: psycopg2.Error,
     ) -> Iterable[bytes]:
-        """Answer that the database is not available, if that is what `error` says; else raise it."""
+        """Answer from the primary, or that there is no database, if that is what `error` says; else raise it."""
         pool = lease.pool
-        if _is_demotion(error) and not pool.closed:
+        if isinstance(lease, ReadingLease) and lease.blames(error):
+            if begin_again is None:
+                raise error
+            lease.end()
+            return begin_again(error)
+        if _is_demotion(error) and not pool.closed and lag_of(pool) is None:
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease.request, pool, error)
             pool.drain()
         if not _is_unavailable(error, pool):
@@ -179,6 +243,30 @@ class PoolMiddleware:
         # With exc_info: the application may have started its response, which the server knows how to replace.
         start_response(response.status, response.headerlist, sys.exc_info())
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [response.body]
+
+
+def _check_threads(pool: Any, environ: WSGIEnvironment) -> None:
+    if isinstance(pool, SimpleConnectionPool) and environ.get("wsgi.multithread"):
+        raise PoolError(f"{pool!r} is for one thread, this server runs several: use 'persistent' or 'threaded'")
+
+
+def _outer_lease(environ: WSGIEnvironment, key: str, pool: Any) -> Lease | None:
+    """Return the lease on `pool` of a request that this one is part of: another filter's, or a subrequest's."""
+    lease = environ.get(key)
+    if isinstance(lease, Lease) and lease.pool is pool and not lease.is_over:
+        return lease
+    lease = here.mine.leases.get(id(pool))
+    if lease is None or threading.get_ident() in lease.running:
+        return lease
+    if lease.is_thread_bound:
+        if lease.running:
+            raise PoolError(
+                f"{lease.request}: another thread iterates its body still, and this one begins a new request, but "
+                f"{pool!r} has one connection for each thread: use a 'threaded' pool with this server"
+            )
+        log.warning("%s: its body was not closed before the thread's next request; ended now", lease.request)
+        lease.end()
+    return None
 
 
 class _Body:
@@ -209,7 +297,9 @@ class _Body:
         except psycopg2.Error as error:
             if self._has_begun:
                 raise
-            self._iterator = iter(self._refuse(error))
+            self._close_body()
+            self._body = self._refuse(error)
+            self._iterator = iter(self._body)
             chunk = next(self._iterator)
         self._has_begun = True
         return chunk
@@ -220,11 +310,15 @@ class _Body:
             return
         self._is_closed = True
         try:
-            if hasattr(self._body, "close"):
-                with self._lease.run():
-                    self._body.close()
+            self._close_body()
         finally:
             self._lease.end()
+
+    def _close_body(self) -> None:
+        body, self._body = self._body, ()
+        if hasattr(body, "close"):
+            with self._lease.run():
+                body.close()
 
     def __del__(self) -> None:
         if not self._is_closed:

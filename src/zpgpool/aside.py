@@ -1,0 +1,49 @@
+"""A question to a pool's server over a connection of its own, answered in time even by a server that is silent."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Sequence
+from contextlib import closing
+from time import monotonic
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import POLL_OK
+from psycopg2.extensions import POLL_READ
+
+from .entry import one_line
+
+
+class NoAnswer(Exception):
+    """What the server cannot be asked; the message is one line, without a secret."""
+
+
+def ask(
+    pool: Any, application_name: str, sql: str, args: Sequence[object], until: float
+) -> tuple[list[tuple[Any, ...]], int]:
+    """Return the rows that `sql` gives, and the process number that the connection has been told.
+
+    Raises NoAnswer, at `until` (monotonic seconds) at the latest.
+    """
+    try:
+        # Asynchronous: no deadline of libpq's ends a connect, or a query, to a server that has fallen silent.
+        with closing(pool.connect_aside(async_=True, application_name=application_name)) as conn:
+            _wait(conn, until)
+            with conn.cursor() as cursor:
+                cursor.execute(sql, args)
+                _wait(conn, until)
+                return cursor.fetchall(), conn.get_backend_pid()
+    except TimeoutError:
+        raise NoAnswer("the server does not answer") from None
+    except (psycopg2.Error, OSError, UnicodeError) as error:
+        raise NoAnswer(pool.scrub(one_line(error))) from None
+
+
+def _wait(conn: Any, until: float) -> None:
+    """Wait until a connect or query has ended. Raises TimeoutError at `until`."""
+    while (state := conn.poll()) != POLL_OK:
+        poll = select.poll()  # a new one: while it connects, the socket may become another one
+        poll.register(conn, select.POLLIN if state == POLL_READ else select.POLLOUT)
+        if not poll.poll(max(0.0, until - monotonic()) * 1000):
+            raise TimeoutError

@@ -1,0 +1,683 @@
+"""Requests that only read get a real standby; whatever happens to that, they are answered."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg2
+import pytest
+import transaction
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client.parser import text_string_to_metric_families
+from pyramid.config import Configurator
+from pyramid.response import Response
+from webtest import TestApp
+
+import zpgpool
+from conftest import Call
+from conftest import eventually
+from conftest import free_port
+from conftest import run
+from pair import Pair
+from serving import waitress
+from zpgpool import lag
+from zpgpool.datamanager import connection
+from zpgpool.history import history_of
+from zpgpool.lag import lag_of
+from zpgpool.lag import NOT_YET
+from zpgpool.lag import watch
+from zpgpool.metrics import instrument
+from zpgpool.readers import asks_for_primary
+from zpgpool.settings import SettingError
+from zpgpool.status import StatusApp
+from zpgpool.wsgi import get_connection
+from zpgpool.wsgi import PoolMiddleware
+
+
+TestApp.__test__ = False  # it is not a test
+
+KINDS = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
+
+WHERE = "SELECT CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END"
+
+HEADER = {"Zpgpool-Primary": "1"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    pair.ask(pair.primary, "CREATE TABLE notes (id serial PRIMARY KEY, text text)")
+    pair.attach(is_synchronous=False)
+    yield pair
+    pair.stop()
+
+
+@pytest.fixture
+def level(pair: Pair) -> Iterator[Pair]:
+    """Both servers run, and the standby has all that the primary has, before the test and after it."""
+    yield pair
+    for server in (pair.primary, pair.standby):
+        if not server.is_running:
+            server.launch()
+    pair.ask(pair.standby, "SELECT pg_wal_replay_resume()")
+    wal = pair.ask(pair.primary, "SELECT pg_current_wal_lsn()")
+    eventually(lambda: pair.ask(pair.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 20)
+
+
+def dsn_of(*servers: Any, attrs: str = "any") -> str:
+    ports = ",".join(str(server.port) for server in servers)
+    hosts = ",".join("127.0.0.1" for _ in servers)
+    return f"host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs={attrs} connect_timeout=5"
+
+
+@pytest.fixture
+def make_main(level: Pair) -> Iterator[Callable[..., Any]]:
+    """Make and register `main`, which has a replica, and that; the latter's lag is known then."""
+    pools: list[Any] = []
+
+    def make(kind: Any = zpgpool.ThreadedConnectionPool, replica: Any = None, **options: Any) -> Any:
+        replica = {"dsn": dsn_of(level.standby), "idle_timeout": 60} | (replica or {})
+        pools.append(kind(0, 8, **replica, name="replica"))
+        dsn = dsn_of(level.primary)
+        pools.append(kind(0, 8, dsn, idle_timeout=60, timeout=5, name="main", replica="replica", **options))
+        for pool in pools:
+            zpgpool.register_pool(pool, pool.name)
+        eventually(lambda: watch(pools[0]).seconds is not None)
+        return pools[1]
+
+    yield make
+    for pool in pools:
+        pool.close(0)
+
+
+def app(environ: Any, start_response: Any) -> list[bytes]:
+    """Say where the request was served, after what its path asks for."""
+    conn = get_connection(environ, "main")
+    text = {
+        "/write": "INSERT INTO notes (text) VALUES ('x') RETURNING 'written'",
+        "/count": "SELECT count(*)::text FROM notes",
+        "/slow": f"SELECT pg_sleep(1); {WHERE}",
+    }.get(environ["PATH_INFO"], WHERE)
+    answer = run(conn, text).encode()
+    conn.commit()
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(answer)))])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer]
+
+
+def site(app: Any = app, **options: Any) -> Any:
+    return TestApp(PoolMiddleware(app, name="main", **options))
+
+
+def pools() -> tuple[Any, Any]:
+    return zpgpool.get_pool("main"), zpgpool.get_pool("replica")
+
+
+# Where a request is served -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safe_methods_read_from_the_standby(make_main: Any, kind: Any) -> None:
+    main = make_main(kind)
+    assert site().get("/").text == "standby"
+    assert site().options("/").text == "standby"
+    site().head("/")
+    assert main.get_stats()["connections_num"] == 0
+    assert site().post("/").text == "primary"
+    assert site().delete("/").text == "primary"
+    for pool in pools():
+        assert pool.holders() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_sees_what_it_wrote(make_main: Any, level: Pair, kind: Any) -> None:
+    make_main(kind, max_lag=None, primary_after_write=1)
+    client, other = site(), site()
+    before = int(other.get("/count").text)
+    level.ask(level.standby, "SELECT pg_wal_replay_pause()")
+    response = client.post("/write")
+    assert response.text == "written"
+    assert int(client.get("/count").text) == before + 1
+    assert int(other.get("/count").text) == before  # without the cookie it is the standby, which is behind
+    assert client.get("/").text == "primary"
+    time.sleep(1)  # real time: the deadline
+    assert client.get("/").text == "standby"
+
+
+def test_the_cookie(make_main: Any) -> None:
+    make_main(primary_after_write=7)
+    [cookie] = site().post("/", extra_environ={"SCRIPT_NAME": "/shop"}).headers.getall("Set-Cookie")
+    name, _, value = cookie.partition("=")
+    assert name == "zpgpool-written"
+    assert abs(float(value.split(";")[0]) - time.time()) < 2
+    assert {"Max-Age=7", "HttpOnly", "SameSite=Lax", "Path=/shop"} <= set(cookie.split("; "))
+    assert "secure" not in cookie.lower()
+    [cookie] = site().post("/", extra_environ={"wsgi.url_scheme": "https"}).headers.getall("Set-Cookie")
+    assert {"secure", "Path=/"} <= set(cookie.split("; "))
+    assert "Set-Cookie" not in site().get("/").headers
+
+
+def test_no_cookie_when_it_is_off(make_main: Any) -> None:
+    make_main(primary_after_write=0)
+    client = site()
+    assert "Set-Cookie" not in client.post("/").headers
+    client.set_cookie("zpgpool-written", str(time.time()))
+    assert client.get("/").text == "standby"
+
+
+@pytest.mark.parametrize(
+    ("age", "is_trusted"), [(0.0, True), (4.5, True), (-0.5, True), (5.5, False), (-2.0, False), (-1e9, False)]
+)
+def test_a_cookie_is_trusted_for_as_long_as_the_setting_says(age: float, is_trusted: bool) -> None:
+    environ: Any = {"HTTP_COOKIE": f"a=b; zpgpool-written={time.time() - age}"}
+    assert asks_for_primary(environ, 5.0) is is_trusted
+
+
+@pytest.mark.parametrize("value", ["", "x", "nan", "inf", "-inf", '"', "1e999", "zpgpool-written"])
+def test_a_cookie_of_nonsense_is_none(value: str) -> None:
+    assert not asks_for_primary({"HTTP_COOKIE": f"zpgpool-written={value}"}, 5.0)
+
+
+def test_a_header_asks_for_the_primary(make_main: Any) -> None:
+    make_main()
+    assert site().get("/", headers=HEADER).text == "primary"
+    assert site().get("/", headers={"Zpgpool-Primary": "0"}).text == "standby"
+
+
+def test_eager(make_main: Any) -> None:
+    make_main()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        assert environ["zpgpool.connection"] is get_connection(environ, "main")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [run(environ["zpgpool.connection"], WHERE).encode()]
+
+    assert site(app, eager=True).get("/").text == "standby"
+
+
+@pytest.mark.parametrize("order", [["replica", "main"], ["main", "replica"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_a_filter_of_the_replicas_own(make_main: Any, kind: Any, order: list[str]) -> None:
+    make_main(kind)
+
+    def inner(environ: Any, start_response: Any) -> Iterator[bytes]:
+        assert get_connection(environ, "main") is environ.get("zpgpool.connection", get_connection(environ, "main"))
+        assert get_connection(environ, "main") is get_connection(environ, "replica")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield run(get_connection(environ, "main"), WHERE).encode()
+
+    wrapped: Any = inner
+    for name in order:
+        wrapped = PoolMiddleware(wrapped, name=name, eager=name == "replica")
+    assert TestApp(wrapped).get("/").text == "standby"
+    assert [pool.holders() for pool in pools()] == [[], []]
+
+
+def test_a_subrequest_is_part_of_its_request(make_main: Any) -> None:
+    make_main()
+    inner = PoolMiddleware(app, name="main")
+
+    def outer(environ: Any, start_response: Any) -> Any:
+        conn = get_connection(environ, "main")
+        own = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+        [where] = inner(own, lambda *args: lambda data: None)
+        assert get_connection(own, "main") is conn
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [where]
+
+    assert site(outer).get("/").text == "standby"
+
+
+def test_the_settings_are_those_of_every_front_end(level: Pair, tmp_path: Any, monkeypatch: Any) -> None:
+    from paste.deploy import loadapp
+
+    (tmp_path / "readers_site.py").write_text("import test_readers\napp = lambda global_conf: test_readers.app\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "site.ini").write_text(
+        f"""[pipeline:main]
+pipeline = replica main app
+[filter:replica]
+use = egg:zpgpool
+name = replica
+dsn = {dsn_of(level.standby)}
+[filter:main]
+use = egg:zpgpool
+name = main
+dsn = {dsn_of(level.primary)}
+replica = replica
+primary_after_write = 30
+max_lag = none
+[app:app]
+paste.app_factory = readers_site:app
+"""
+    )
+    client = TestApp(loadapp(f"config:{tmp_path}/site.ini"))
+    assert client.get("/").text == "standby"
+    assert "Max-Age=30" in client.post("/").headers["Set-Cookie"]
+    for pool in pools():
+        pool.close(0)
+
+
+def test_a_pool_is_not_its_own_replica() -> None:
+    with pytest.raises(SettingError, match="option 'replica': 'a' is this pool itself"):
+        zpgpool.ThreadedConnectionPool(0, 1, "", open=False, name="a", replica="a")
+
+
+def test_a_pool_for_one_thread_is_refused_as_a_replica(make_main: Any) -> None:
+    make_main(zpgpool.SimpleConnectionPool)
+    zpgpool.unregister_pool("main").close(0)
+    with zpgpool.ThreadedConnectionPool(0, 1, "dbname=x", open=False, name="main", replica="replica") as main:
+        zpgpool.register_pool(main, "main")
+        with pytest.raises(zpgpool.PoolError, match="is for one thread"):
+            site().get("/", extra_environ={"wsgi.multithread": "1"})
+
+
+# The transaction package ---------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_of_a_safe_request_is_the_replicas(make_main: Any) -> None:
+    make_main()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        answers = []
+        for attempt in transaction.manager.attempts(2):
+            with attempt:
+                conn = connection("main")
+                assert connection("main") is conn
+                answers.append(run(conn, WHERE))
+                if environ["PATH_INFO"] == "/write":
+                    run(conn, "INSERT INTO notes (text) VALUES ('x')")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [" ".join(answers).encode()]
+
+    assert site(app).get("/").text == "standby"
+    assert site(app).post("/").text == "primary"
+    assert site(app).get("/write").text == "standby primary"  # the second attempt
+    assert [pool.holders() for pool in pools()] == [[], []]
+
+
+def test_pyramid(level: Pair) -> None:
+    settings = {
+        "zpgpool.dsn": dsn_of(level.primary),
+        "zpgpool.replica": "readers",
+        "zpgpool.max_lag": "none",
+        "zpgpool.readers.dsn": dsn_of(level.standby),
+        "pyramid.includes": "pyramid_tm pyramid_retry zpgpool",
+        "tm.manager_hook": "pyramid_tm.explicit_manager",
+    }
+    config = Configurator(settings=settings)
+    config.add_route("where", "/")
+
+    def view(request: Any) -> Any:
+        where = run(request.pgconn, WHERE)
+        if "write" in request.params:
+            run(request.pgconn, "INSERT INTO notes (text) VALUES ('pyramid')")
+        return Response(where)
+
+    config.add_view(view, route_name="where")
+    client = TestApp(config.make_wsgi_app())
+    assert client.get("/").text == "standby"
+    assert client.get("/?write").text == "primary"
+    client.reset()
+    assert client.post("/").text == "primary"
+    assert client.get("/").text == "primary"
+    for name in ("", "readers"):
+        zpgpool.get_pool(name, config.registry).close(0)
+
+
+# A replica that has gone ---------------------------------------------------------------------------------------------
+
+
+def load(port: int, is_over: threading.Event, answers: list[tuple[int, str]]) -> None:
+    while not is_over.is_set():
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as conn:
+            conn.request("GET", "/")
+            response = conn.getresponse()
+            answers.append((response.status, response.read().decode()))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hosts", ["standby", "both"])
+def test_a_replica_that_stops_fails_no_request(make_main: Any, level: Pair, kind: Any, how: Any, hosts: str) -> None:
+    dsn = dsn_of(level.primary, level.standby, attrs="prefer-standby")
+    make_main(kind, {"dsn": dsn} if hosts == "both" else None)
+    is_over = threading.Event()
+    answers: list[tuple[int, str]] = []
+    with waitress(PoolMiddleware(app, name="main"), threads=4) as port:
+        clients = [Call(load, port, is_over, answers) for _ in range(4)]
+        try:
+            eventually(lambda: answers[-1:] == [(200, "standby")] and len(answers) > 40)
+            level.standby.halt(how)
+            eventually(lambda: answers[-1:] == [(200, "primary")])
+            seen = len(answers)
+            eventually(lambda: len(answers) > seen + 100)
+            level.standby.launch()
+            if hosts == "standby":
+                eventually(lambda: answers[-1:] == [(200, "standby")])
+        finally:
+            is_over.set()
+            for client in clients:
+                client.result()
+    assert {status for status, _ in answers} == {200}
+
+
+def streamed(environ: Any, start_response: Any) -> Iterator[bytes]:
+    answer = app(environ, start_response)
+    yield from answer
+
+
+def streamed_in_the_end(environ: Any, start_response: Any) -> Iterator[bytes]:
+    """Fails before it returns a body, or goes on in that with the connection that it has."""
+    conn, answer = get_connection(environ, "main"), app(environ, start_response)
+
+    def body() -> Iterator[bytes]:
+        assert [len(pool.holders()) for pool in pools()] == [1, 0]
+        assert get_connection(environ, "main") is conn
+        yield from answer
+
+    return body()
+
+
+class Opened:
+    """A body that must be closed once."""
+
+    closed = 0
+
+    def __init__(self, environ: Any, start_response: Any) -> None:
+        self.body: Any = streamed(environ, start_response)
+        self.is_closed = False
+
+    def __iter__(self) -> Any:
+        return self.body
+
+    def close(self) -> None:
+        assert not self.is_closed
+        self.is_closed = True
+        Opened.closed += 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inner", [app, streamed, streamed_in_the_end, Opened])
+def test_a_request_in_flight_begins_again(
+    make_main: Any, level: Pair, kind: Any, inner: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_main(kind)
+    Opened.closed = 0
+    request = Call(site(inner).get, "/slow")
+    eventually(lambda: [holder for holder in pools()[1].holders() if holder.status == "in a query"])
+    level.standby.halt(signal.SIGQUIT)
+    assert request.result().text == "primary"
+    assert "GET /slow: the replica failed: " in caplog.text
+    assert Opened.closed == (2 if inner is Opened else 0)
+    assert [pool.holders() for pool in pools()] == [[], []]
+
+
+def test_a_query_in_the_way_of_recovery_begins_again(make_main: Any, level: Pair) -> None:
+    make_main()
+    level.ask(level.primary, "CREATE TABLE doomed (id int)", "INSERT INTO doomed VALUES (1)")
+    eventually(lambda: level.ask(level.standby, "SELECT to_regclass('doomed') IS NOT NULL"))
+    is_read = threading.Event()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        conn = get_connection(environ, "main")
+        where: str = run(conn, WHERE)
+        if where == "standby":
+            run(conn, "SELECT * FROM doomed")
+            is_read.set()
+            run(conn, "SELECT pg_sleep(10)")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [where.encode()]
+
+    level.ask(level.standby, "ALTER SYSTEM SET max_standby_streaming_delay = '100ms'", "SELECT pg_reload_conf()")
+    request = Call(site(app).get, "/")
+    is_read.wait(5)
+    level.ask(level.primary, "DROP TABLE doomed")
+    assert request.result().text == "primary"
+
+
+def test_an_error_of_another_database_is_nobodys_loss(make_main: Any, dsn: str) -> None:
+    make_main()
+    calls = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        calls.append(run(get_connection(environ, "main"), WHERE))
+        psycopg2.connect(f"host=127.0.0.1 port={free_port()}")
+        return []
+
+    with pytest.raises(psycopg2.OperationalError):
+        site(app).get("/")
+    assert calls == ["standby"]
+
+
+def test_a_body_that_has_begun_is_not_begun_again(make_main: Any, level: Pair) -> None:
+    make_main()
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"begun"
+        run(get_connection(environ, "main"), "INSERT INTO notes (text) VALUES ('x')")
+
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        site(app).get("/")
+
+
+def test_a_busy_replica(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main(replica={"timeout": 0})
+    _, replica = pools()
+    conns = [replica.getconn() for _ in range(8)]
+    assert site().get("/").text == "primary"
+    assert "GET / reads from the primary: connection pool exhausted" in caplog.text
+    for conn in conns:
+        replica.putconn(conn)
+    assert site().get("/").text == "standby"  # it was not taken for lost
+
+
+def test_a_replica_that_cannot_be_connected_to(make_main: Any, level: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+    known = lag_of(pools()[1])
+    assert known is not None
+    level.standby.halt()
+    client = site()
+    assert client.get("/").text == "primary"
+    assert "Connection refused" in known.trouble
+    errors = pools()[1].get_stats()["connections_errors"]
+    assert [client.get("/").text for _ in range(3)] == ["primary"] * 3
+    assert pools()[1].get_stats()["connections_errors"] == errors  # nobody tries it until the next look
+    assert caplog.text.count("is left out") <= 1
+
+
+def test_a_closed_replica(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+    pools()[1].close(0)
+    client = site()
+    assert [client.get("/").text for _ in range(2)] == ["primary"] * 2
+    assert caplog.text.count("is left out") == 1
+    assert lag_of(pools()[1]).tend(0.0) is None  # type: ignore[union-attr]
+
+
+# A safe method that writes -------------------------------------------------------------------------------------------
+
+
+def test_a_safe_method_that_writes_is_told_of_and_served(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+    client = site()
+    assert client.get("/").text == "standby"
+    before = pools()[1].get_stats()["connections_num"]
+    response = client.get("/write")
+    assert response.text == "written"
+    assert "zpgpool-written" in response.headers["Set-Cookie"]
+    assert "GET /write writes, which its method promises not to" in caplog.text
+    assert "Zpgpool-Primary" in caplog.text
+    assert "takes no writes any more" not in caplog.text
+    client.reset()
+    assert client.get("/").text == "standby"
+    assert pools()[1].get_stats()["connections_num"] == before
+
+
+def test_what_has_a_body_cannot_begin_again(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        site().request("/write", method="GET", body=b"what was read cannot be read again")
+    assert "takes no writes any more" not in caplog.text
+    assert pools()[1].get_stats()["pool_size"] == 1
+
+
+def test_a_replica_that_is_asked_by_its_name_is_not_drained(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+
+    def write(environ: Any, start_response: Any) -> list[bytes]:
+        run(get_connection(environ, "replica"), "INSERT INTO notes (text) VALUES ('x')")
+        return []
+
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        TestApp(PoolMiddleware(write, name="replica")).get("/")
+    assert "takes no writes any more" not in caplog.text
+
+
+# How far behind ------------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_that_is_behind_is_left_out_until_it_is_not(
+    make_main: Any, level: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "zpgpool")
+    make_main(max_lag=1)
+    client = site()
+    assert client.get("/").text == "standby"
+    level.ask(level.standby, "SELECT pg_wal_replay_pause()")
+    level.ask(level.primary, "INSERT INTO notes (text) VALUES ('late')")
+    eventually(lambda: client.get("/").text == "primary", 20)
+    assert "s behind, max_lag is 1" in caplog.text
+    level.ask(level.standby, "SELECT pg_wal_replay_resume()")
+    eventually(lambda: client.get("/").text == "standby", 20)
+    assert "is read from again" in caplog.text
+
+
+def test_an_idle_primary_is_not_far_ahead(make_main: Any, level: Pair) -> None:
+    make_main()
+    time.sleep(1.5)  # real time: the last commit grows old
+    known = lag_of(pools()[1])
+    assert known is not None
+    known.look()
+    assert known.seconds == 0.0
+    assert level.ask(level.standby, "SELECT now() - pg_last_xact_replay_timestamp() > '1s'") is not False
+
+
+def test_who_no_longer_receives_falls_behind(make_main: Any, level: Pair) -> None:
+    make_main()
+    known = lag_of(pools()[1])
+    assert known is not None
+    known.look()
+    level.primary.halt()
+    eventually(lambda: not level.ask(level.standby, "SELECT count(*) FROM pg_stat_wal_receiver"))
+    known.look()
+    first = known.seconds
+    assert first is not None
+    assert 0 < first < 10
+    time.sleep(0.2)  # real time
+    known.look()
+    assert known.seconds is not None
+    assert known.seconds >= first + 0.2
+    fresh = lag.Lag(pools()[1])  # of a process that has never seen it level
+    fresh.look()
+    assert fresh.seconds is None or fresh.seconds >= known.seconds
+
+
+def test_a_role_without_rights_sees_it_too(make_main: Any, level: Pair) -> None:
+    level.ask(level.primary, "DROP ROLE IF EXISTS nobody", "CREATE ROLE nobody LOGIN")
+    eventually(lambda: level.ask(level.standby, "SELECT count(*) FROM pg_roles WHERE rolname = 'nobody'"))
+    make_main(replica={"dsn": dsn_of(level.standby).replace("user=postgres", "user=nobody")})
+    assert lag_of(pools()[1]).seconds == 0.0  # type: ignore[union-attr]
+
+
+def test_a_promoted_replica_is_not_behind(make_main: Any, level: Pair) -> None:
+    make_main(replica={"dsn": dsn_of(level.primary)})
+    assert lag_of(pools()[1]).seconds == 0.0  # type: ignore[union-attr]
+
+
+def test_what_is_not_known_is_not_read(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_main()
+    known = lag.Lag(pools()[1])
+    now = time.monotonic()
+    assert known.why_not(3.0, now) is NOT_YET
+    assert known.why_not(None, now) == ""
+    known.look()
+    now = time.monotonic()
+    assert known.why_not(3.0, now) == ""
+    assert "no look was answered for" in known.why_not(3.0, now + lag.STALE + 1)
+    known.lost("")
+    assert known.why_not(None, now) == "it is lost"
+
+
+def test_a_standby_that_never_replayed_anything(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_main()
+    known = lag.Lag(pools()[1])
+    monkeypatch.setattr(lag, "ask", lambda *args: ([(True, False, None)], 0))
+    known.look()
+    assert known.seconds is None
+    assert known.why_not(None, time.monotonic()) == "it has replayed nothing, and receives nothing"
+
+
+def test_a_silent_server_holds_up_no_timer(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_main()
+    known = lag.Lag(pools()[1])
+    is_over = threading.Event()
+    monkeypatch.setattr(lag, "ask", lambda *args: is_over.wait(10) and ([(True, True, None)], 0))
+    start = time.monotonic()
+    assert known.tend(start) <= start + lag.EVERY  # type: ignore[operator]
+    looker = known._looker
+    known.tend(start)
+    assert known._looker is looker  # one at a time
+    assert time.monotonic() - start < 1
+    is_over.set()
+    looker.join()
+
+
+def test_the_lag_is_on_the_status_page(make_main: Any, level: Pair) -> None:
+    make_main()
+    _, replica = pools()
+    status = TestApp(StatusApp(), extra_environ={"REMOTE_ADDR": "127.0.0.1"})
+    level.ask(level.standby, "SELECT pg_wal_replay_pause()")
+    level.ask(level.primary, "INSERT INTO notes (text) VALUES ('late')")
+    known = lag_of(replica)
+    assert known is not None
+    time.sleep(0.3)  # real time
+    known.look()
+    history_of(replica).tend(time.monotonic() + 60)
+    shown = {pool["name"]: pool for pool in status.get("/json").json["pools"]}
+    assert shown["main"]["lag"] is None
+    assert shown["replica"]["lag"]["seconds"] >= 0.3
+    assert shown["replica"]["samples"][-1]["lag"] >= 0.3
+    page = status.get("/", headers={"Accept": "text/html"}).text
+    assert page.count("Behind the primary:") == 1
+    assert page.count("Behind the primary in the last ten minutes: at most") == 1
+    metrics = {each.name: each for each in text_string_to_metric_families(status.get("/metrics").text)}
+    [sample] = metrics["zpgpool_replica_lag_seconds"].samples
+    assert sample.labels == {"pool_name": "replica"}
+    assert sample.value >= 0.3
+    known.lost("it is <gone>")
+    page = status.get("/", headers={"Accept": "text/html"}).text
+    assert "The replica is lost: it is &lt;gone&gt;" in page
+    assert "Behind the primary: not known" in page
+    json.dumps(shown)
+
+
+def test_the_lag_for_opentelemetry(make_main: Any) -> None:
+    make_main()
+    reader = InMemoryMetricReader()
+    instrument(MeterProvider([reader]))
+    data: Any = reader.get_metrics_data()
+    metrics = {metric.name: metric for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+    [point] = metrics["zpgpool.replica.lag"].data.data_points
+    assert point.attributes == {"db.client.connection.pool.name": "replica"}
+    assert point.value >= 0
