@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn
 
 import zpgpool
+from bouncer import PgBouncer
 from conftest import free_port
 from conftest import Outside
 from proxy import Proxy
 from test_pgbouncer import MODES
-from test_pgbouncer import PgBouncer
 from zpgpool.__main__ import main
 from zpgpool.aside import NoAnswer
 from zpgpool.check import _is_local

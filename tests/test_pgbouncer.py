@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,98 +15,16 @@ import psycopg2
 import pytest
 
 import zpgpool
+from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
-from conftest import missing
 from conftest import run
 from zpgpool.demo.server import EmbeddedServer
-from zpgpool.demo.server import SERVANT
 
 
 MakePool = Callable[..., Any]
 
 MODES = ["session", "transaction"]
-
-#: How many connections PgBouncer has to the server.
-SERVER_CONNECTIONS = 10
-
-INI = """[databases]
-postgres = host={host} port={port} user=postgres dbname=postgres
-
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {listen}
-unix_socket_dir =
-auth_type = any
-admin_users = postgres
-pool_mode = {mode}
-default_pool_size = {size}
-max_client_conn = 300
-server_login_retry = 0.2
-query_wait_timeout = {query_wait_timeout}
-logfile = {folder}/log
-"""
-
-
-class PgBouncer:
-    """A PgBouncer of the test's own, as an ordinary user."""
-
-    def __init__(self, folder: Path, server: EmbeddedServer, mode: str, query_wait_timeout: int = 30) -> None:
-        program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-        if program is None:
-            missing("PgBouncer is missing: apt-get install pgbouncer")
-        self._program = program
-        self.port = free_port()
-        self.ini = folder / "pgbouncer.ini"
-        self.ini.write_text(
-            INI.format(
-                host=server.sockets,
-                port=server.port or 5432,
-                listen=self.port,
-                mode=mode,
-                size=SERVER_CONNECTIONS,
-                query_wait_timeout=query_wait_timeout,
-                folder=folder,
-            )
-        )
-        self._prefix: list[str] = []
-        if os.geteuid() == 0:
-            servant = pwd.getpwnam(SERVANT)
-            os.chown(folder, servant.pw_uid, servant.pw_gid)
-            self._prefix = ["setpriv", "--reuid", SERVANT, "--regid", str(servant.pw_gid), "--clear-groups"]
-            self._prefix += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-        self.start()
-
-    @property
-    def dsn(self) -> str:
-        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [*self._prefix, self._program, "-q", str(self.ini)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        eventually(self._answers)
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, (self.ini.parent / "log").read_text()
-        try:
-            psycopg2.connect(self.dsn, connect_timeout=2).close()
-        except psycopg2.OperationalError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(10)
-
-    def command(self, sql: str) -> None:
-        """Say something to its console."""
-        conn = psycopg2.connect(self.dsn.replace("dbname=postgres", "dbname=pgbouncer"))
-        conn.autocommit = True
-        with conn.cursor() as cursor:
-            cursor.execute(sql)
-        conn.close()
 
 
 @pytest.fixture(scope="module", params=MODES)

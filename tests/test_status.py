@@ -329,10 +329,11 @@ def test_text_of_others_is_made_fit_to_read(text: str, shown: str) -> None:
         ),
         ({"outage": "gone"}, "bad", "The last connect failed: gone"),
         ({"is_closed": True, "outage": "gone"}, "bad", "The pool is closed."),
+        ({"lag": {"trouble": "gone"}}, "warn", "The replica is lost: gone"),
     ],
 )
 def test_a_pool_in_one_sentence(changes: dict[str, Any], mood: str, words: str) -> None:
-    pool = {"is_closed": False, "outage": "", "used": 1, "idle": 2, "max": 4, "waiting": 0, "waiters": []}
+    pool = {"is_closed": False, "outage": "", "lag": None, "used": 1, "idle": 2, "max": 4, "waiting": 0, "waiters": []}
     assert verdict({**pool, **changes}) == (mood, words)
 
 
