@@ -85,22 +85,52 @@ def test_a_command_that_needs_an_extra_names_it(python: Path, tmp_path: Path, ar
     assert result.stderr.count("\n") == 1, result.stderr
 
 
-def test_types_for_users(python: Path, tmp_path: Path) -> None:
-    """A program of a user's, under mypy strict: the package says that it has types."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import zpgpool\n"
-        "from zpgpool.wsgi import PoolMiddleware\n"
-        "pool = zpgpool.PersistentConnectionPool(0, 4, 'dbname=x', timeout=5)\n"
-        "with pool.connection() as conn:\n"
-        "    with conn.cursor() as cursor:\n"
-        "        cursor.execute('SELECT 1')\n"
-        "waiting: int = pool.get_stats()['requests_waiting']\n"
-        "pool.getconn(1)  # error: a persistent pool has no keys\n"
-    )
-    result = run(
-        sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "--python-executable", python, program,
-        folder=tmp_path,
-    )  # fmt: skip
-    assert "Found 1 error" in result.stdout, result.stdout + result.stderr
-    assert "program.py:8" in result.stdout
+PROGRAM = """
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import zpgpool
+from zpgpool.wsgi import PoolMiddleware, get_connection
+
+
+def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute("SELECT 1")
+    start_response("200 OK", [])
+    return []
+
+
+pool = zpgpool.PersistentConnectionPool(0, 4, "dbname=x", timeout=5)
+with pool.connection() as conn:
+    with conn.cursor() as cursor:
+        cursor.execute("SELECT 1")
+waiting: int = pool.get_stats()["requests_waiting"]
+zpgpool.register_pool(pool, "main")
+with zpgpool.get_pool("main").connection() as conn:
+    conn.commit()
+keyed = zpgpool.ThreadedConnectionPool(1, 2, "dbname=x", idle_timeout=None)
+conn = keyed.getconn("a")
+keyed.putconn(conn, "a", close=True)
+site = PoolMiddleware(app, pool, eager=True)
+maybe = zpgpool.query_pool("other")
+if maybe is not None:
+    maybe.closeall()
+pool.getconn(1)  # a persistent pool has no keys
+"""
+
+WRONG = f"program.py:{PROGRAM.count(chr(10))}"
+
+CHECKERS = {
+    "mypy": ["mypy", "--strict", f"--config-file={os.devnull}", "--python-executable"],
+    "basedpyright": ["basedpyright", "--pythonpath"],
+}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_types_for_users(python: Path, tmp_path: Path, checker: str) -> None:
+    """A program of a user's, as strictly as can be, without zope's plugin: its only mistake is found."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    result = run(sys.executable, "-m", *CHECKERS[checker], python, "program.py", folder=tmp_path)
+    errors = [line for line in result.stdout.splitlines() if "error" in line and "program.py:" in line]
+    assert [line for line in errors if WRONG not in line] == [], result.stdout + result.stderr
+    assert len(errors) == 1, result.stdout + result.stderr

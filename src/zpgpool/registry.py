@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from typing import cast
+from typing import TypeAlias
 
 from zope.component import getGlobalSiteManager
 from zope.interface import directlyProvides
@@ -23,6 +25,10 @@ from .pool import SimpleConnectionPool
 from .pool import ThreadedConnectionPool
 from .settings import SettingError
 
+
+#: What provides `IConnectionPool`, as type checkers know it: to them without zope's plugin an interface is a class that
+#: nothing implements. Another class may provide it as well.
+Pool: TypeAlias = AbstractConnectionPool
 
 FACTORIES: dict[str, type[AbstractConnectionPool]] = {
     "simple": SimpleConnectionPool,
@@ -45,7 +51,7 @@ def register_factories(registry: Components | None = None) -> None:
             registry.registerUtility(factory, IConnectionPoolFactory, name)
 
 
-def register_pool(pool: IConnectionPool, name: str = "", registry: Components | None = None, *, info: str = "") -> None:
+def register_pool(pool: Pool, name: str = "", registry: Components | None = None, *, info: str = "") -> None:
     """Register `pool` as the `IConnectionPool` utility `name`; `info` says what asked for that, and where.
 
     Raises PoolError when the name is taken: the pool there may be in use, and nobody would close it. One in a base of
@@ -66,7 +72,7 @@ def make_pool(
     *,
     kind_option: str = "pool",
     info: str = "",
-) -> IConnectionPool:
+) -> Pool:
     """Make a pool by the factory that is registered as `kind`, and register it: what every front end does.
 
     `settings` and `libpq` are as `read_options` returns them, `kind_option` is the name that the user has for `kind`.
@@ -78,7 +84,8 @@ def make_pool(
     if factory is None:
         kinds = ", ".join(sorted(name for name, _ in registry.getUtilitiesFor(IConnectionPoolFactory)))
         raise SettingError(f"option {kind_option!r}: expected one of {kinds}, got {kind!r}")
-    pool: IConnectionPool = factory(open=False, **settings, **libpq)
+    made: Any = factory(open=False, **settings, **libpq)
+    pool: Pool = made
     try:
         register_pool(pool, settings["name"], registry, info=info)
     except PoolError as error:
@@ -86,7 +93,7 @@ def make_pool(
     return pool
 
 
-def get_pool(name: str = "", registry: Components | None = None) -> IConnectionPool:
+def get_pool(name: str = "", registry: Components | None = None) -> Pool:
     """Return the pool registered as `name`. Raises ComponentLookupError, naming those that are."""
     registry = getGlobalSiteManager() if registry is None else registry
     pool = query_pool(name, registry)
@@ -96,13 +103,14 @@ def get_pool(name: str = "", registry: Components | None = None) -> IConnectionP
     return pool
 
 
-def query_pool(name: str = "", registry: Components | None = None) -> IConnectionPool | None:
+def query_pool(name: str = "", registry: Components | None = None) -> Pool | None:
     """Return the pool registered as `name`, or None."""
     registry = getGlobalSiteManager() if registry is None else registry
-    return registry.queryUtility(IConnectionPool, name)
+    pool: Any = registry.queryUtility(IConnectionPool, name)
+    return cast("Pool | None", pool)
 
 
-def unregister_pool(name: str = "", registry: Components | None = None) -> IConnectionPool:
+def unregister_pool(name: str = "", registry: Components | None = None) -> Pool:
     """Unregister the pool `name` and return it, open as it was. Raises ComponentLookupError when there is none."""
     registry = getGlobalSiteManager() if registry is None else registry
     pool = get_pool(name, registry)
