@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import weakref
 from abc import ABC
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
+from time import sleep
 from typing import Any
 from typing import NoReturn
 from typing import TypeVar
@@ -53,6 +55,9 @@ from .stock import Stock
 
 
 log = logging.getLogger("zpgpool")
+
+#: Within so many seconds, at random, a refill by the timer begins: not in all processes at once, whose server is back.
+SPREAD = 1.0
 
 Self = TypeVar("Self", bound="AbstractConnectionPool")
 
@@ -286,8 +291,12 @@ class AbstractConnectionPool(ABC):
     def _start_refill(self) -> None:
         """Refill in a thread of its own: a server that does not answer must not stop the timer of all pools."""
         if not self._refilling.is_alive():
-            self._refilling = threading.Thread(target=self._refill, name="zpgpool-refill", daemon=True)
+            self._refilling = threading.Thread(target=self._refill_soon, name="zpgpool-refill", daemon=True)
             self._refilling.start()
+
+    def _refill_soon(self) -> None:
+        sleep(random.uniform(0, SPREAD))
+        self._refill()
 
     def _refill(self) -> None:
         try:

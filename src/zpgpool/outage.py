@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from time import monotonic
 
@@ -14,6 +15,9 @@ PROOF = 1.0
 #: The first and the longest pause between two tries, in seconds; each is twice the one before.
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
+
+#: How much shorter a pause may be, at random: processes that lost the same server do not all try it at once.
+JITTER = 0.5
 
 
 class Outage:
@@ -49,7 +53,8 @@ class Outage:
         self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
         now = self._clock()
         # A copy: the traceback of the error itself would keep the frame of the connect alive, and its place with it.
-        self.error, self._retry_at, self._proven_until = _copy(error), now + self._pause, 0.0
+        pause = self._pause * random.uniform(1 - JITTER, 1)
+        self.error, self._retry_at, self._proven_until = _copy(error), now + pause, 0.0
 
     def succeeded(self) -> None:
         """Forget the outage."""
