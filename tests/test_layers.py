@@ -25,6 +25,7 @@ FLOORS = [
         "outage",
         "herald",
         "stock",
+        "watchdog",
         "base",
         "pool",
         "keeper",

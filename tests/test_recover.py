@@ -24,8 +24,8 @@ from conftest import Outside
 from zpgpool.__main__ import main
 from zpgpool.datamanager import connection
 from zpgpool.datamanager import FORMAT_ID
+from zpgpool.errors import CommandError
 from zpgpool.recover import list_in_doubt
-from zpgpool.recover import RecoverError
 from zpgpool.recover import resolve
 
 
@@ -222,7 +222,7 @@ class TestById:
         try:
             conn = psycopg2.connect(psycopg2.extensions.make_dsn(dsn, user="stranger"))
             [each] = list_in_doubt(conn)
-            with pytest.raises(RecoverError, match="permission denied"):
+            with pytest.raises(CommandError, match="permission denied"):
                 resolve(conn, each, commit=True)
             conn.close()
         finally:

@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from .errors import CommandError
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 1 failed (with one line on stderr), 2 called wrongly."""
@@ -41,53 +43,32 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)")
     top.add_argument("--token", metavar="ENV:NAME", help="the page's token, which the environment has as NAME")
     args = parser.parse_args(argv)
-    run = {"demo": _demo, "recover": _recover, "check": _check, "top": _top}[args.command]
     try:
-        return run(args)
-    except ImportError as error:  # of an extra, which it names
+        return _run(args)
+    except (CommandError, ImportError) as error:  # ImportError: of an extra, which it names
         print(f"zpgpool {args.command}: {error}", file=sys.stderr)
         return 1
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from .demo.serve import DemoError
-    from .demo.serve import serve
+def _run(args: argparse.Namespace) -> int:
+    # Each imports what it needs alone: a command works without the extras of the others.
+    match args.command:
+        case "demo":
+            from .demo.serve import serve
 
-    try:
-        serve(args)
-    except DemoError as error:
-        print(f"zpgpool demo: {error}", file=sys.stderr)
-        return 1
-    return 0
+            serve(args)
+        case "recover":
+            from .recover import recover
 
+            recover(args)
+        case "check":
+            from .check import check
 
-def _recover(args: argparse.Namespace) -> int:
-    from .recover import recover
-    from .recover import RecoverError
+            return check(args)
+        case "top":
+            from .top import top
 
-    try:
-        recover(args)
-    except RecoverError as error:
-        print(f"zpgpool recover: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    from .check import check
-
-    return check(args)
-
-
-def _top(args: argparse.Namespace) -> int:
-    from .top import top
-    from .top import TopError
-
-    try:
-        top(args)
-    except TopError as error:
-        print(f"zpgpool top: {error}", file=sys.stderr)
-        return 1
+            top(args)
     return 0
 
 

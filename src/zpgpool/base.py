@@ -32,7 +32,6 @@ from .caller import Holder
 from .caller import Waiter
 from .entry import cancel
 from .entry import Entry
-from .entry import hang_up
 from .entry import one_line
 from .errors import PoolClosed
 from .errors import PoolError
@@ -52,6 +51,9 @@ from .settings import scrub
 from .settings import sort_keywords
 from .stock import NEVER
 from .stock import Stock
+from .watchdog import due_times
+from .watchdog import end_held_too_long
+from .watchdog import report_leaks
 
 
 log = logging.getLogger("zpgpool")
@@ -260,20 +262,15 @@ class AbstractConnectionPool(ABC):
             return None
         settings, stock = self.settings, self._stock
         self._bury()
-        self._report(now)
-        self._end_held_too_long(now)
+        report_leaks(self._users(), settings, self._herald, now)
+        end_held_too_long(self._users(), settings, self._herald, now)
         stock.handoff.forget_lost()
         stock.expire(now)
         stock.look_at_all()
         if len(stock.handoff) < settings.minconn and not stock.outage.is_on:
             self._start_refill()
-        observed = [observer.tend(now) for observer in self._herald.observers]
-        own = [now + settings.prune_interval, now + (settings.leak_after or NEVER)]
-        if settings.hold_limit is not None:
-            # Exactly, for those of now; whoever comes later cannot be over the limit before the second.
-            holdings = [entry.since for _, entry in self._users() if entry.ended != entry.since]
-            own += [since + settings.hold_limit for since in [now, *holdings]]
-        return min(*own, *observed, *stock.due_times(now))
+        due = [now + settings.prune_interval, *due_times(self._users(), settings, now), *stock.due_times(now)]
+        return min(due + [observer.tend(now) for observer in self._herald.observers])
 
     def observe(self, observer: IObserver) -> None:
         """See `IConnectionPool`."""
@@ -417,33 +414,6 @@ class AbstractConnectionPool(ABC):
     @abstractmethod
     def _lose(self, ref: weakref.ref[Connection]) -> None:
         """A connection object is no more. Called by the garbage collector: takes no lock, logs nothing."""
-
-    def _report(self, now: float) -> None:
-        """Log what was lost, or is held for too long: each once."""
-        leak_after = self.settings.leak_after or NEVER
-        for caller, entry in self._users():
-            if now - entry.since >= leak_after and entry.reported != entry.since:
-                entry.reported = entry.since
-                holder = Holder.of(caller, entry, now)
-                log.warning("%r: held for over %g s by %s", self, leak_after, holder)
-                self._herald.leaked(holder)
-
-    def _end_held_too_long(self, now: float) -> None:
-        """End the queries of those who hold a connection for `hold_limit`, and then their connections."""
-        hold_limit = self.settings.hold_limit or NEVER
-        over = []
-        for caller, entry in self._users():
-            since = entry.since
-            if now - since >= hold_limit and entry.ended != since:
-                # Doomed first: what was returned before has another time now, what is returned after is closed.
-                entry.doom()
-                if entry.since == since:
-                    entry.ended = since
-                    log.error("%r: held for over %g s, and ended: %s", self, hold_limit, Holder.of(caller, entry, now))
-                    over.append(entry)
-        hang_up(over)
-        for entry in over:
-            entry.cut()
 
     def cancel(self, conn: Connection) -> bool:
         """See `IConnectionPool`."""

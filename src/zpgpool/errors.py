@@ -1,6 +1,6 @@
 """The errors of the pools: one class for each different decision a caller can take.
 
-All are `psycopg2.pool.PoolError`, so handlers written for `psycopg2.pool` keep working.
+The pools' are all `psycopg2.pool.PoolError`, so handlers written for `psycopg2.pool` keep working.
 A server that cannot be reached is not in this list: its own `psycopg2.OperationalError` is raised.
 """
 
@@ -32,3 +32,7 @@ class TooManyRequests(PoolError):
     """`max_waiting` threads wait already: shed load."""
 
     __module__ = "zpgpool"
+
+
+class CommandError(Exception):
+    """What a command of `zpgpool` cannot do, in one line."""

@@ -25,6 +25,7 @@ import psycopg2
 from .datamanager import EXTENDED_INFO
 from .datamanager import FORMAT_ID
 from .entry import one_line
+from .errors import CommandError
 from .settings import check_dsn
 from .settings import read_environment
 from .settings import scrub
@@ -33,10 +34,6 @@ from .settings import SettingError
 
 #: A transaction was begun at most this long before it was prepared, in ZODB's eyes: how far back its commits are read.
 LOOK_BACK = timedelta(days=1)
-
-
-class RecoverError(Exception):
-    """What the command cannot do, in one line."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,9 @@ def _alive(xid: Any, sessions: dict[int, datetime | None]) -> str:
 
 
 def resolve(conn: Any, each: InDoubt, commit: bool) -> str:
-    """Commit or roll back one of them, and return what happened. Raises RecoverError when its owner is alive."""
+    """Commit or roll back one of them, and return what happened. Raises CommandError when its owner is alive."""
     if each.is_live:
-        raise RecoverError(f"{each.id}: {each.state}")
+        raise CommandError(f"{each.id}: {each.state}")
     try:
         if commit:
             conn.tpc_commit(each.xid)
@@ -115,7 +112,7 @@ def resolve(conn: Any, each: InDoubt, commit: bool) -> str:
     except psycopg2.errors.UndefinedObject:
         return "already gone"
     except psycopg2.Error as error:
-        raise RecoverError(f"{each.id}: {one_line(error)}") from None
+        raise CommandError(f"{each.id}: {one_line(error)}") from None
     return "committed" if commit else "rolled back"
 
 
@@ -128,7 +125,7 @@ def committed_in_zodb(source: str, since: datetime) -> tuple[set[str], bool]:
     It does not after a pack, which forgets transactions whose objects have changed since.
 
     `source` is a FileStorage's path, a ZODB or Zope configuration file, or a URI of zodburi. It is opened read-only.
-    Raises RecoverError when it cannot be read.
+    Raises CommandError when it cannot be read.
     """
     try:
         timestamp = importlib.import_module("persistent.TimeStamp").TimeStamp
@@ -143,11 +140,11 @@ def committed_in_zodb(source: str, since: datetime) -> tuple[set[str], bool]:
                         found.add(record.extension[EXTENDED_INFO])
             return found, knows_all
     except ImportError as error:
-        raise RecoverError(f"--zodb needs the extra zpgpool[zodb]: {error}") from None
-    except RecoverError:
+        raise CommandError(f"--zodb needs the extra zpgpool[zodb]: {error}") from None
+    except CommandError:
         raise
     except Exception as error:
-        raise RecoverError(f"--zodb {source}: {type(error).__name__}: {one_line(error)}") from error
+        raise CommandError(f"--zodb {source}: {type(error).__name__}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -193,26 +190,26 @@ def _open_read_only(factory: Any) -> Any:
 
 
 def recover(args: argparse.Namespace) -> None:
-    """List what is in doubt, and resolve what was asked for. Raises RecoverError."""
+    """List what is in doubt, and resolve what was asked for. Raises CommandError."""
     if args.yes and args.zodb is None:
-        raise RecoverError("--yes does what --zodb proposes: say where ZODB is")
+        raise CommandError("--yes does what --zodb proposes: say where ZODB is")
     try:
         dsn = read_environment(args.dsn)
         check_dsn(dsn)
         conn = psycopg2.connect(dsn)
     except SettingError as error:
-        raise RecoverError(str(error)) from None
+        raise CommandError(str(error)) from None
     except psycopg2.OperationalError as error:
-        raise RecoverError(scrub(one_line(error), {"dsn": dsn})) from None
+        raise CommandError(scrub(one_line(error), {"dsn": dsn})) from None
     errors = []
     with closing(conn):
         in_doubt = list_in_doubt(conn)
         wishes = dict.fromkeys(args.rollback, False) | dict.fromkeys(args.commit, True)
         if both := sorted(set(args.rollback) & set(args.commit)):
-            raise RecoverError(f"{both[0]}: either --commit or --rollback")
+            raise CommandError(f"{both[0]}: either --commit or --rollback")
         strange = sorted(set(wishes) - {each.id for each in in_doubt})
         if strange:
-            raise RecoverError(f"no transaction {strange[0]!r} of zpgpool is prepared in this database")
+            raise CommandError(f"no transaction {strange[0]!r} of zpgpool is prepared in this database")
         proposed = _proposals(conn, args.zodb, in_doubt) if args.zodb is not None and in_doubt else {}
         if args.yes:
             wishes = {id: commit for id, (commit, _) in proposed.items() if commit is not None} | wishes
@@ -227,10 +224,10 @@ def recover(args: argparse.Namespace) -> None:
             if each.id in wishes:
                 try:
                     print(f"    {resolve(conn, each, wishes[each.id])}")
-                except RecoverError as error:
+                except CommandError as error:
                     errors.append(str(error))
     if errors:
-        raise RecoverError("; ".join(errors))
+        raise CommandError("; ".join(errors))
 
 
 def _proposals(conn: Any, source: str, in_doubt: list[InDoubt]) -> dict[str, tuple[bool | None, str]]:

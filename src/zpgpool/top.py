@@ -17,6 +17,7 @@ from urllib.request import build_opener
 from urllib.request import HTTPRedirectHandler
 from urllib.request import Request
 
+from .errors import CommandError
 from .page import seconds
 from .page import verdict
 from .snapshot import readable
@@ -40,22 +41,18 @@ SAMPLES = 60
 TALES = 5
 
 
-class TopError(Exception):
-    """What the command cannot do, in one line."""
-
-
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *args: Any) -> None:
         """Follow nobody: the token is for one address."""
 
 
 def top(args: argparse.Namespace) -> None:
-    """Show the pools until Ctrl-C, or once. Raises TopError."""
+    """Show the pools until Ctrl-C, or once. Raises CommandError."""
     try:
         from rich.console import Console
         from rich.live import Live
     except ImportError:
-        raise TopError("rich is missing: pip install 'zpgpool[cli]'") from None
+        raise CommandError("rich is missing: pip install 'zpgpool[cli]'") from None
     request = _request(args.url, args.token)
     console = Console()
     if args.once:
@@ -68,7 +65,7 @@ def top(args: argparse.Namespace) -> None:
                 time.sleep(args.every)
                 try:
                     frame = draw(fetch(request))
-                except TopError as error:
+                except CommandError as error:
                     live.update(_failed(str(error), frame), refresh=True)
                 else:
                     live.update(frame, refresh=True)
@@ -79,19 +76,19 @@ def top(args: argparse.Namespace) -> None:
 def _request(url: str, token: str | None) -> Request:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TopError("the URL is that of a status page, as http://localhost:8080/status")
+        raise CommandError("the URL is that of a status page, as http://localhost:8080/status")
     path = parts.path.rstrip("/").removesuffix("/json")
     request = Request(parts._replace(path=f"{path}/json", query="", fragment="").geturl())
     if token is not None:
         name = token.removeprefix("ENV:")
         if not token.startswith("ENV:") or not os.environ.get(name):
-            raise TopError("--token is ENV:NAME, where the environment has NAME")
+            raise CommandError("--token is ENV:NAME, where the environment has NAME")
         request.add_unredirected_header("Authorization", f"Bearer {os.environ[name]}")
     return request
 
 
 def fetch(request: Request) -> dict[str, Any]:
-    """Return the snapshot that the status page has. Raises TopError."""
+    """Return the snapshot that the status page has. Raises CommandError."""
     try:
         with build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as answer:
             snapshot = _clean(json.loads(answer.read(LONGEST)))
@@ -101,13 +98,13 @@ def fetch(request: Request) -> dict[str, Any]:
     except HTTPError as error:
         error.close()
         hint = ": is this its address, and may this machine see it?" if error.code == 404 else ""
-        raise TopError(f"the server answers {error.code}{hint}") from None
+        raise CommandError(f"the server answers {error.code}{hint}") from None
     except URLError as error:
-        raise TopError(f"no answer: {error.reason}") from None
+        raise CommandError(f"no answer: {error.reason}") from None
     except OSError as error:
-        raise TopError(f"no answer: {error}") from None
+        raise CommandError(f"no answer: {error}") from None
     except (ValueError, TypeError, KeyError):
-        raise TopError("what answers there is no status page of zpgpool") from None
+        raise CommandError("what answers there is no status page of zpgpool") from None
 
 
 def _clean(value: Any) -> Any:
@@ -120,14 +117,14 @@ def _clean(value: Any) -> Any:
 
 
 def draw(snapshot: dict[str, Any]) -> Group:
-    """Return what rich prints of a snapshot. Raises TopError when it is none."""
+    """Return what rich prints of a snapshot. Raises CommandError when it is none."""
     from rich.console import Group
     from rich.text import Text
 
     try:
         parts = [part for pool in snapshot["pools"] for part in _pool(pool)]
     except (TypeError, KeyError, AttributeError):
-        raise TopError("what answers there is no status page of zpgpool, or of another version") from None
+        raise CommandError("what answers there is no status page of zpgpool, or of another version") from None
     head = Text(f"process {snapshot.get('process')} at {snapshot.get('at')}", style="dim")
     return Group(head, *(parts or [Text("No pool is registered.")]))
 

@@ -21,6 +21,7 @@ import psycopg2
 from .. import query_pool
 from .. import unregister_pool
 from ..entry import one_line
+from ..errors import CommandError
 from ..settings import check_dsn
 from ..settings import read_environment
 from ..settings import SettingError
@@ -34,10 +35,6 @@ log = logging.getLogger("zpgpool.demo")
 THREADS = 8
 
 
-class DemoError(Exception):
-    """The demo cannot run; the message is one line."""
-
-
 def data_folder() -> Path:
     """Return the folder that keeps the demo's database, as the XDG base directory specification has it."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -45,7 +42,7 @@ def data_folder() -> Path:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Run the demo until SIGINT or SIGTERM. Raises DemoError."""
+    """Run the demo until SIGINT or SIGTERM. Raises CommandError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("waitress").setLevel(logging.WARNING)
     # From here on a signal is an exception, wherever we are: the stack below cleans up.
@@ -57,7 +54,7 @@ def serve(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         pass
     except (ServerError, SettingError) as error:
-        raise DemoError(str(error)) from None
+        raise CommandError(str(error)) from None
     print("Stopped.", flush=True)
 
 
@@ -70,7 +67,7 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         from paste.deploy import loadapp
         from waitress.server import create_server
     except ImportError as error:
-        raise DemoError(f"{error.name} is missing: pip install 'zpgpool[demo]'") from None
+        raise CommandError(f"{error.name} is missing: pip install 'zpgpool[demo]'") from None
     listening = stack.enter_context(_listen(args.host, args.port))
     dsn = args.dsn
     if dsn is None:
@@ -83,7 +80,7 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     if ini is None:
         ini = stack.enter_context(as_file(files("zpgpool.demo") / "demo.ini"))
     if not Path(ini).is_file():
-        raise DemoError(f"there is no file {ini}")
+        raise CommandError(f"there is no file {ini}")
     stack.callback(_close_pool)
     try:
         app = loadapp(f"config:{Path(ini).absolute()}")
@@ -92,7 +89,7 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     except Exception as error:
         # The error of a misplaced % quotes what follows it, which may be a password.
         what = "a % in a value is written %%" if isinstance(error, InterpolationError) else one_line(error)
-        raise DemoError(f"cannot load {ini}: {what}") from None
+        raise CommandError(f"cannot load {ini}: {what}") from None
     server: Any = create_server(app, sockets=[listening], threads=THREADS, ident="zpgpool demo")
     stack.callback(server.close)
     # A query that runs is cancelled with its pool; waitress would wait 5 seconds for it before.
@@ -109,7 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        raise DemoError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+        raise CommandError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
 
 
 def _try(dsn: str) -> None:
@@ -118,7 +115,7 @@ def _try(dsn: str) -> None:
     try:
         psycopg2.connect(dsn).close()
     except psycopg2.OperationalError as error:
-        raise DemoError(f"cannot connect: {' '.join(str(error).split())}") from None
+        raise CommandError(f"cannot connect: {' '.join(str(error).split())}") from None
 
 
 def _close_pool() -> None:
