@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -213,3 +214,14 @@ def test_a_pool_that_closes_under_its_users_tells_it_once(make_pool: MakePool, t
         with pytest.raises(zpgpool.PoolError):
             pool.putconn(conn)
     assert len(of(told, interfaces.IConnectionClosed)) == len(conns)
+
+
+def test_nothing_is_told_of_a_pool_that_is_gone(told: list[Any]) -> None:
+    pool = zpgpool.ThreadedConnectionPool(0, 1, open=False)
+    herald = pool._herald
+    del pool
+    gc.collect()
+    herald.leaked(None)  # type: ignore[arg-type]
+    herald.call_timer()
+    assert told == []
+    assert str(herald) == "None"

@@ -15,7 +15,6 @@ from .interfaces import IConnectFailed
 from .interfaces import IConnectionClosed
 from .interfaces import IConnectionLeaked
 from .interfaces import IConnectionOpened
-from .interfaces import IPoolEvent
 from .interfaces import IRequestTimedOut
 
 
@@ -86,7 +85,7 @@ class ConnectionLeaked(PoolEvent):
         self.holder = holder
 
 
-def notify(event: IPoolEvent) -> None:
+def notify(event: PoolEvent) -> None:
     """Tell the subscribers of `zope.event`. What one of them raises is logged, and stops nothing but the others."""
     try:
         zope.event.notify(event)

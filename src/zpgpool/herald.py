@@ -6,6 +6,7 @@ Holds the pool weakly, as all that a pool's own parts have of it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -15,6 +16,7 @@ from .events import ConnectionClosed
 from .events import ConnectionLeaked
 from .events import ConnectionOpened
 from .events import notify
+from .events import PoolEvent
 from .events import RequestTimedOut
 from .interfaces import IObserver
 
@@ -38,8 +40,7 @@ class Herald:
 
     def opened(self, entry: Entry, seconds: float) -> None:
         """Tell of a new connection, which took so long."""
-        if (pool := self._pool()) is not None:
-            notify(ConnectionOpened(pool, entry.backend_pid, seconds))
+        self._tell(ConnectionOpened, entry.backend_pid, seconds)
         self.call_timer()  # last: who begins to observe with this event wants the rounds, too
 
     def call_timer(self) -> None:
@@ -51,23 +52,24 @@ class Herald:
 
     def failed(self, error: psycopg2.OperationalError, seconds: float) -> None:
         """Tell of a connect that failed after so long."""
-        if (pool := self._pool()) is not None:
-            notify(ConnectFailed(pool, error, seconds))
+        self._tell(ConnectFailed, error, seconds)
 
     def closed(self, entry: Entry, reason: str) -> None:
         """Tell of a connection that was closed."""
-        if (pool := self._pool()) is not None:
-            notify(ConnectionClosed(pool, entry.backend_pid, reason))
+        self._tell(ConnectionClosed, entry.backend_pid, reason)
 
     def timed_out(self, seconds: float, error: PoolError) -> None:
         """Tell of a checkout that was given up."""
-        if (pool := self._pool()) is not None:
-            notify(RequestTimedOut(pool, seconds, error))
+        self._tell(RequestTimedOut, seconds, error)
 
     def leaked(self, holder: Holder) -> None:
         """Tell of who holds a connection for long."""
-        if (pool := self._pool()) is not None:
-            notify(ConnectionLeaked(pool, holder))
+        self._tell(ConnectionLeaked, holder)
+
+    def _tell(self, make: Callable[..., PoolEvent], *details: object) -> None:
+        pool = self._pool()
+        if pool is not None:
+            notify(make(pool, *details))
 
     def waited(self, seconds: float) -> None:
         """Tell the observers of a wait in the line."""
