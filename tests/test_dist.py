@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
@@ -34,17 +34,32 @@ def run(*command: str | Path, folder: Path | None = None) -> subprocess.Complete
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter that has the wheel, and what it requires."""
-    folder = tmp_path_factory.mktemp("empty") / "environment"
-    venv.create(folder, with_pip=True)
+def present() -> list[Path]:
+    """Return the oldest and the newest supported Python of this machine: on the path, or installed beside this one."""
+    found: dict[int, Path] = {}
+    for minor in range(14, 9, -1):
+        beside = sorted(Path(sys.base_prefix).parent.glob(f"*/bin/python3.{minor}"))
+        for path in [shutil.which(f"python3.{minor}"), *beside]:
+            if path is not None and run(path, "-c", "import venv, ensurepip").returncode == 0:
+                found.setdefault(minor, Path(path))
+    return [found[minor] for minor in sorted({min(found), max(found)})]
+
+
+def install(base: Path, wheel: Path, folder: Path) -> Path:
+    """Return an interpreter that has the wheel, and what it requires: without a compiler."""
+    result = run(base, "-m", "venv", folder)
+    assert result.returncode == 0, result.stderr
     python = folder / "bin" / "python"
     result = run(
         python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", wheel
     )
     assert result.returncode == 0, result.stderr
     return python
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(Path(sys.executable), wheel, tmp_path_factory.mktemp("empty") / "environment")
 
 
 def test_the_wheel_has_all_that_the_package_has(wheel: Path) -> None:
@@ -57,6 +72,12 @@ def test_the_wheel_has_all_that_the_package_has(wheel: Path) -> None:
 
 def test_it_works_without_extras(python: Path, tmp_path: Path, dsn: str) -> None:
     result = run(python, "-c", USE, dsn, folder=tmp_path)
+    assert result.stdout == "42\n", result.stderr
+
+
+@pytest.mark.parametrize("base", present(), ids=lambda path: path.name)
+def test_it_works_on_the_oldest_and_the_newest_python(base: Path, wheel: Path, tmp_path: Path, dsn: str) -> None:
+    result = run(install(base, wheel, tmp_path / "environment"), "-c", USE, dsn, folder=tmp_path)
     assert result.stdout == "42\n", result.stderr
 
 
