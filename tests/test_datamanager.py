@@ -845,6 +845,24 @@ class TestTwoPhase:
         assert "in doubt" not in caplog.text
         assert is_at_rest(pool)
 
+    def test_an_answer_that_was_lost(
+        self, pool: Any, table: Table, outside: Outside, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lose = self.lose(outside, insert(1).info.backend_pid)
+        kill = lose.tpc_vote
+
+        def commit_and_kill(txn: object) -> None:
+            kill(txn)
+            [(gid,)] = outside.query("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
+            outside.query(f"COMMIT PREPARED '{gid}'")
+
+        lose.tpc_vote = commit_and_kill  # type: ignore[attr-defined]
+        transaction.get().join(lose)
+        transaction.commit()
+        assert table.rows == [1]
+        assert "COMMIT PREPARED was not answered, and is done" in caplog.text
+        assert "in doubt" not in caplog.text
+
     @pytest.mark.parametrize("ends_by", ["commit", "abort"])
     def test_what_cannot_be_ended_is_in_doubt(
         self,

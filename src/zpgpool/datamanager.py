@@ -18,6 +18,7 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
+from psycopg2 import errorcodes
 from psycopg2.errors import InFailedSqlTransaction
 from psycopg2.extensions import connection as Psycopg2Connection
 from psycopg2.extensions import cursor
@@ -250,8 +251,12 @@ class DataManager:
         try:
             with closing(self.pool.connect_aside()) as conn:
                 conn.tpc_commit(self._xid)
-        except psycopg2.Error:
-            self._tell_in_doubt("COMMIT", error)
+        except psycopg2.Error as second:
+            if second.pgcode == errorcodes.UNDEFINED_OBJECT:
+                # The first try has been heard, or somebody else was faster: nothing holds locks, no doubt is left.
+                log.warning("%r: COMMIT PREPARED was not answered, and is done: %s", self.pool, one_line(error))
+            else:
+                self._tell_in_doubt("COMMIT", error)
 
     def tpc_abort(self, txn: Any) -> None:
         """Roll back what can be, and end the transaction."""
