@@ -28,6 +28,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from .handoff import Place
+from .session import is_touched
 from .session import restore
 from .session import roll_back
 from .session import session_of
@@ -171,10 +172,12 @@ class Entry(Place):
             if extra == "discard":
                 conn.reset()
                 set_up(conn)
-            if session_of(conn) != self.baseline:
+            if is_touched(conn) and session_of(conn) != self.baseline:
                 restore(conn, self.baseline)
             if callable(extra):
                 extra(conn)
+            if not is_touched(conn):
+                return conn.status == STATUS_READY and not conn.get_transaction_status()
             is_clean = self.is_clean()
             if is_clean:
                 untouch(conn)

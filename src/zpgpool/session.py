@@ -82,6 +82,11 @@ def is_watched(factory: Any) -> bool:
     return isinstance(factory, type) and issubclass(factory, Watched)
 
 
+def is_touched(conn: Connection) -> bool:
+    """Whether the session's settings may differ from what they were at `untouch`."""
+    return getattr(conn, "is_touched", True)
+
+
 def untouch(conn: Connection) -> None:
     """Begin to watch: the session is now as every user shall find it."""
     if isinstance(conn, Watched):
