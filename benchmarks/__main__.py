@@ -26,7 +26,7 @@ from benchmarks.harness import say
 from zpgpool.demo.server import EmbeddedServer
 
 
-MODULES = ["checkout", "requests", "overload", "faults", "growth", "instructions"]
+MODULES = ["checkout", "requests", "overload", "faults", "growth", "fleet", "instructions"]
 
 KEPT = Path(__file__).parent.parent / "docs" / "benchmarks"
 
@@ -48,7 +48,7 @@ def main(modules: list[str]) -> None:
         # depending on where its process wakes up.
         everywhere = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {max(everywhere)})
-        with EmbeddedServer(Path(folder) / "data", port=_free_port(), options=OPTIONS) as server:
+        with EmbeddedServer(Path(folder) / "data", port=free_port(), options=OPTIONS) as server:
             os.sched_setaffinity(0, everywhere)
             conn = psycopg2.connect(server.dsn)
             about = {
@@ -78,7 +78,7 @@ def keep(about: dict[str, str], asked: list[harness.Question]) -> None:
     report.write(KEPT, about, questions)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as sock:

@@ -65,11 +65,17 @@ def _row(cells: list[str]) -> list[str]:
 
 
 def write(folder: Path, about: dict[str, Any], questions: list[Question]) -> None:
-    """Write the drawings, and the tables that `docs/benchmarks.rst` includes."""
+    """Write the drawings, and the tables that `docs/benchmarks.rst` and `docs/fleets.rst` include."""
+    fleets = [question for question in questions if question.name.startswith("fleet-")]
+    _write(folder, "tables.rst", about, [question for question in questions if question not in fleets])
+    _write(folder, "fleets.rst", about, fleets)
+
+
+def _write(folder: Path, name: str, about: dict[str, Any], questions: list[Question]) -> None:
     lines = [f"Measured on {about['date']}: {about['machine']}.", ""]
     for question in questions:
         lines += table(question)
         path = folder / f"{question.name}.svg"
         draw(question, path)
         lines += [f".. image:: /benchmarks/{path.name}", f"   :alt: {question.title}", ""]
-    (folder / "tables.rst").write_text("\n".join(lines).rstrip() + "\n")
+    (folder / name).write_text("\n".join(lines).rstrip() + "\n")

@@ -33,6 +33,7 @@ from serving import waitress
 from zpgpool import lag
 from zpgpool.datamanager import connection
 from zpgpool.history import history_of
+from zpgpool.keeper import keeper
 from zpgpool.lag import lag_of
 from zpgpool.lag import NOT_YET
 from zpgpool.lag import watch
@@ -681,3 +682,24 @@ def test_the_lag_for_opentelemetry(make_main: Any) -> None:
     [point] = metrics["zpgpool.replica.lag"].data.data_points
     assert point.attributes == {"db.client.connection.pool.name": "replica"}
     assert point.value >= 0
+
+
+def test_a_query_on_the_standby_is_cancelled_when_its_client_has_gone(make_main: Any) -> None:
+    make_main()
+    start = time.monotonic()
+    environ = {"waitress.client_disconnected": lambda: time.monotonic() > start + 0.2}
+    with pytest.raises(psycopg2.errors.QueryCanceled):
+        site(cancel_on_disconnect=True).get("/slow", extra_environ=environ)
+    assert [pool.get_stats()["connections_num"] for pool in pools()] == [0, 1]  # and it does not begin again
+
+
+def test_a_forked_child_looks_for_itself(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_main()
+    watched: list[Any] = []
+    monkeypatch.setattr(keeper, "watch", watched.append)
+    known = watch(pools()[1])
+    assert watched == []
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    assert watch(pools()[1]) is known
+    assert watch(pools()[1]) is known
+    assert watched == [known]
