@@ -72,8 +72,10 @@ def keep(about: dict[str, str], asked: list[harness.Question]) -> None:
 
     path = KEPT / "results.json"
     kept = harness.read(path)[1] if path.exists() else []
-    names = {question.name for question in asked}
-    questions = [question for question in kept if question.name not in names] + asked
+    before = {question.name: question for question in kept}
+    for question in asked:
+        question.remember(before.pop(question.name).orders if question.name in before else [])
+    questions = [*before.values(), *asked]
     harness.write(path, about, questions)
     report.write(KEPT, about, questions)
 

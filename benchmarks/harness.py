@@ -23,6 +23,9 @@ QUICK = bool(os.environ.get("QUICK"))
 
 ROUNDS = 3 if QUICK else 11
 
+#: Of how many runs the order of the peers is kept.
+RUNS = 3
+
 
 @dataclass
 class Figure:
@@ -47,6 +50,12 @@ class Question:
     reference: str = ""
     is_less_better: bool = True
     note: str = ""
+    #: The peers, the best first, in each of the last runs.
+    orders: list[list[str]] = field(default_factory=list)
+
+    def remember(self, before: list[list[str]]) -> None:
+        """Add the order of this run to those of the runs before."""
+        self.orders = [*before, [figure.peer for figure in self.figures]][-RUNS:]
 
     def figure(self, peer: str) -> Figure:
         """Return the row of one peer."""

@@ -14,6 +14,23 @@ from benchmarks.harness import Question
 #: Ours, the limit, and the others.
 COLOURS = {"zpgpool": "#2a7f62", "limit": "#999999", "": "#c9b458"}
 
+#: The columns of the summary, by the names in the questions.
+COLUMNS = {
+    "zpgpool persistent": "zpgpool persistent",
+    "zpgpool threaded": "zpgpool threaded",
+    "psycopg2.pool": "psycopg2.pool",
+    "psycopg2-pool": "psycopg2-pool",
+    "psycopg_pool": "psycopg_pool",
+    "SQLAlchemy": "SQLAlchemy",
+    "SQLAlchemy + pre_ping": "with pre_ping",
+    "DBUtils": "DBUtils PooledDB",
+    "DBUtils PersistentDB": "PersistentDB",
+    "ZPsycopgDA": "ZPsycopgDA",
+    "connect per request": "connect each time",
+    "thread-local (limit)": "limit",
+    "limit": "limit",
+}
+
 
 def _colour(peer: str) -> str:
     return next(colour for word, colour in COLOURS.items() if word in peer)
@@ -57,7 +74,43 @@ def table(question: Question) -> list[str]:
         cells += [f"{figure.ratio:.2f}" if figure.ratio is not None else ""] if has_ratio else []
         cells += [f"{figure.more[name]:,.4g}" if name in figure.more else "" for name in more]
         lines += _row(cells)
-    return [*lines, "", *([question.note, ""] if question.note else [])]
+    notes = [note for note in (question.note, _order(question)) if note]
+    return [*lines, "", *(line for note in notes for line in (note, ""))]
+
+
+def _order(question: Question) -> str:
+    """Say whether the runs agree on who is before whom."""
+    orders, runs = question.orders, len(question.orders)
+    if runs < 2:
+        return ""
+    if all(order == orders[-1] for order in orders):
+        return f"The order of all is the same in the last {runs} runs."
+    place = next(place for place in range(len(orders[-1])) if len({tuple(order[: place + 1]) for order in orders}) > 1)
+    rest = "; ".join(", ".join(order[place : place + 3]) for order in orders)
+    if place == 0:
+        return f"Nobody is first in each of the last {runs} runs: {rest}."
+    return f"The first {place} are the same in the last {runs} runs, in this order; behind them: {rest}."
+
+
+def summary(questions: list[Question]) -> list[str]:
+    """Return one table of all that was asked of several peers: these in columns, the questions in rows."""
+    rows = [question for question in questions if sum(figure.peer in COLUMNS for figure in question.figures) > 2]
+    lines = [".. list-table::", "   :header-rows: 1", "   :class: summary", ""]
+    lines += _row(["", *dict.fromkeys(COLUMNS.values())])
+    for question in rows:
+        cells = {COLUMNS[figure.peer]: figure for figure in question.figures if figure.peer in COLUMNS}
+        sound = [figure for name, figure in cells.items() if name != "limit" and not figure.more.get("errors")]
+        best = min(sound, key=lambda figure: figure.value * (1 if question.is_less_better else -1), default=None)
+        texts = []
+        for name in dict.fromkeys(COLUMNS.values()):
+            figure = cells.get(name)
+            text = "" if figure is None else f"{figure.value:,.3g}" if figure.value < 1000 else f"{figure.value:,.0f}"
+            errors = figure.more.get("errors", 0) if figure is not None else 0
+            text += f" ({errors:,.0f} errors)" if errors else ""
+            texts.append(f"**{text}**" if figure is not None and figure is best else text)
+        arrow = "less" if question.is_less_better else "more"
+        lines += _row([f"{question.title} ({question.unit}, {arrow} is better)", *texts])
+    return [*lines, ""]
 
 
 def _row(cells: list[str]) -> list[str]:
@@ -69,6 +122,7 @@ def write(folder: Path, about: dict[str, Any], questions: list[Question]) -> Non
     fleets = [question for question in questions if question.name.startswith("fleet-")]
     _write(folder, "tables.rst", about, [question for question in questions if question not in fleets])
     _write(folder, "fleets.rst", about, fleets)
+    (folder / "summary.rst").write_text("\n".join(summary(questions)).rstrip() + "\n")
 
 
 def _write(folder: Path, name: str, about: dict[str, Any], questions: list[Question]) -> None:

@@ -34,7 +34,20 @@ KINDS = {
 
 SERVER_OPTIONS = {"fsync": "off", "max_connections": "150", "max_prepared_transactions": "10"}
 
+#: By this coverage measures the processes that are started, too. Not all: one that asynchronous exceptions are shot at
+#: would be hit within coverage's own code, and hang.
+_measured = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_PROCESS")}
+
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[None]:
+    """The processes that this module starts are measured by coverage."""
+    os.environ.update(_measured)
+    yield
+    for name in _measured:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,9 @@ from conftest import eventually
 from conftest import free_port
 
 
+pytestmark = pytest.mark.usefixtures("measured")
+
+
 #: How long the demo may take to begin, with a new database on a slow machine, and to end, in seconds.
 BEGIN = 15.0
 END = 5.0

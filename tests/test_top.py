@@ -27,6 +27,9 @@ from zpgpool.caller import working_on
 from zpgpool.status import StatusApp
 
 
+pytestmark = pytest.mark.usefixtures("measured")
+
+
 SECRET = "hunter2"
 
 
