@@ -180,32 +180,36 @@ class Lease:
 
     def _release(self) -> None:
         close = bool(self._environ.get("wsgi.run_once"))
-        conn, self._conn = self._conn, None
-        hold, self._hold = self._hold, None
         try:
-            borrower = self.borrower
-            if hold is not None and (borrower is None or not borrower.is_joined):
-                self.borrower = None
-                hold.putconn(close)
-            elif hold is not None and self._lent_in_body:
-                borrower.abandon(f"{self.request} has ended, and this was begun in its body")
-                hold.putconn(close)
-            elif hold is not None:
-                self.home.unfinished.append(borrower)
-                log.warning(
-                    "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
-                    "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
-                    self.request,
-                    borrower,
-                )
+            if self._hold is not None:
+                self._release_hold(close)
             if self._caller is not None:
                 self.pool.putconn_of(self._caller, close=close)
-            elif conn is not None:
+            elif self._conn is not None:
+                conn, self._conn = self._conn, None
                 self.pool.putconn(conn, close=close)
         except PoolClosed:
             pass  # the pool was closed during the request, and its connection with it
         except PoolError as error:
             log.warning("%s: the connection could not be given back: %s", self.request, error)
+
+    def _release_hold(self, close: bool) -> None:
+        hold, self._hold = self._hold, None
+        borrower = self.borrower
+        if borrower is None or not borrower.is_joined:
+            self.borrower = None
+            hold.putconn(close)
+        elif self._lent_in_body:
+            borrower.abandon(f"{self.request} has ended, and this was begun in its body")
+            hold.putconn(close)
+        else:
+            self.home.unfinished.append(borrower)
+            log.warning(
+                "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
+                "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
+                self.request,
+                borrower,
+            )
 
 
 class Run:

@@ -229,7 +229,8 @@ class Stock:
 
     def clean(self, entry: Entry, close: bool) -> bool:
         """Make a returned connection clean; False when it was discarded instead."""
-        self._herald.used(monotonic() - entry.since)
+        if self._herald.observers:
+            self._herald.used(monotonic() - entry.since)
         reason = "it could not be made clean"
         is_clean = False
         try:
