@@ -24,7 +24,7 @@ from benchmarks.harness import say
 
 
 SECONDS = 1
-ROUNDS = 3
+ROUNDS = 5
 CLIENTS = 16
 
 WAYS = [
