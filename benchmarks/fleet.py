@@ -134,7 +134,7 @@ def agree(name: str, dsn: str, site: Site, how: str) -> Question:
     return tell(
         Question(
             name,
-            f"{site.processes} processes of {site.threads} threads over {how}: the mean wait",
+            f"{site.processes} processes of {site.threads} threads over {how}: mean wait",
             "ms",
             [
                 figure("real", waits, {"requests": len(waits)}),
@@ -154,7 +154,7 @@ def agreements(server: Any) -> list[Question]:
     if program := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
         site = replace(REAL, maxconn=REAL.threads, shared=10)
         with pgbouncer(program, server, 10) as dsn:
-            questions.append(agree("fleet-pgbouncer", dsn, site, "10 connections of one PgBouncer"))
+            questions.append(agree("fleet-pgbouncer", dsn, site, "10 connections of PgBouncer"))
     else:
         say("  without PgBouncer, which is not installed")
     return questions
@@ -257,7 +257,7 @@ def overload() -> Question:
     """Ask with more requests than the server can serve."""
     return patience(
         "fleet-overload",
-        "A fifth more requests than the server can serve, for a minute: the mean time to the answer",
+        "A fifth too many requests, for a minute: mean time to the answer",
         replace(TEN, rate=1.2 * PROCESSORS / TEN.service),
         "10 processes of 16 threads over 4 connections each. The time counts from the request's arrival; a 503 is an "
         "answer, too.",
@@ -269,7 +269,7 @@ def stall() -> Question:
     begin = TEN.seconds / 3
     return patience(
         "fleet-stall",
-        "The server stands still for a quarter of a minute: the mean time to the answer",
+        f"A server that stands still for {TEN.seconds / 4:g} s: mean time to the answer",
         replace(TEN, rate=LOAD * PROCESSORS / TEN.service, stall=(begin, begin + TEN.seconds / 4)),
         "The same, with the server busy to 70 % before and after.",
     )

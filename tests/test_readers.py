@@ -620,6 +620,28 @@ def test_what_is_not_known_is_not_read(make_main: Any, monkeypatch: pytest.Monke
     assert known.why_not(None, now) == "it is lost"
 
 
+def test_a_look_at_a_server_that_is_down(make_main: Any, level: Pair) -> None:
+    make_main()
+    known = lag.Lag(pools()[1])
+    known.look()
+    level.standby.halt()
+    known.look()
+    assert known.seconds is None
+    assert "Connection refused" in known.trouble
+    assert "127.0.0.1" not in known.trouble
+    level.standby.launch()
+    known.look()
+    assert known.trouble == ""
+
+
+def test_a_pool_that_is_no_more(make_main: Any) -> None:
+    pool = zpgpool.ThreadedConnectionPool(0, 1, "dbname=x", open=False)
+    known = lag.Lag(pool)
+    del pool
+    known.look()
+    assert known.tend(0.0) is None
+
+
 def test_a_standby_that_never_replayed_anything(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make_main()
     known = lag.Lag(pools()[1])

@@ -178,7 +178,9 @@ def _is_replicas_fault(error: psycopg2.Error) -> bool:
     PostgreSQL documentation, "Handling Query Conflicts" and "PostgreSQL Error Codes", classes 40 and 57.
     """
     if error.pgcode is None:
-        return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+        # A plain DatabaseError is what libpq has no message for.
+        lost = isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+        return lost or type(error) is psycopg2.DatabaseError
     return is_refused_write(error) or error.pgcode.startswith(("40", "57P"))
 
 
