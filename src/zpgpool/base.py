@@ -41,6 +41,7 @@ from .handoff import Closed
 from .handoff import LineFull
 from .handoff import LOOK_AGAIN
 from .herald import Herald
+from .herald import weakly
 from .interfaces import IObserver
 from .session import is_watched
 from .session import watched
@@ -438,17 +439,6 @@ class AbstractConnectionPool(ABC):
             observer.forget()
         if self.closed:
             self._stock.handoff.close()
-
-
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls `method` as long as its object lives, which it does not keep alive."""
-    weak_method = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        found = weak_method()
-        return None if found is None else found(*args)
-
-    return call
 
 
 #: All pools of the process: a forked child must forget the connections of each.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -80,3 +81,14 @@ class Herald:
         """Tell the observers of a use."""
         for observer in self.observers:
             observer.used(seconds)
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `method` as long as its object lives, which it does not keep alive."""
+    weak_method = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = weak_method()
+        return None if found is None else found(*args)
+
+    return call
