@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
-from time import sleep
 from typing import Any
 from typing import NoReturn
 from typing import TypeVar
@@ -142,7 +141,7 @@ class AbstractConnectionPool(ABC):
         self._rest = min(rests) if settings.check is None else -1.0
         self.is_attended = False
         #: The last thread that opened connections up to `minconn`.
-        self._refilling = threading.Thread()
+        self._refilling = threading.Timer(0, weakly(self._refill))
         #: What was lost without being returned, until its place is freed.
         self._strays: deque[Entry] = deque()
         _pools.add(self)
@@ -289,12 +288,9 @@ class AbstractConnectionPool(ABC):
     def _start_refill(self) -> None:
         """Refill in a thread of its own: a server that does not answer must not stop the timer of all pools."""
         if not self._refilling.is_alive():
-            self._refilling = threading.Thread(target=self._refill_soon, name="zpgpool-refill", daemon=True)
+            self._refilling = threading.Timer(random.uniform(0, SPREAD), weakly(self._refill))
+            self._refilling.daemon = True
             self._refilling.start()
-
-    def _refill_soon(self) -> None:
-        sleep(random.uniform(0, SPREAD))
-        self._refill()
 
     def _refill(self) -> None:
         try:
