@@ -285,3 +285,29 @@ def test_many_threads_lose_no_count() -> None:
     for thread in threads:
         thread.join()
     assert sum(times.read()[0]) == 8000
+
+
+class Broken:
+    """An observer that fails at everything."""
+
+    def fail(self, *args: Any) -> Any:
+        raise ValueError("observed too closely")
+
+    waited = used = tend = tell = forget = fail
+
+
+def test_an_observer_that_fails_costs_nobody_anything(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, idle_timeout=60, timeout=20)
+    pool.is_attended = True
+    pool.observe(Broken())
+    history = history_of(pool)
+    conn = pool.getconn()
+    waiting = Call(lambda: pool.putconn(pool.getconn()))
+    eventually(lambda: pool.waiters())
+    pool.putconn(conn)
+    waiting.result()
+    assert pool.get_stats()["pool_available"] == 1
+    assert pool.tend(time.monotonic()) is not None
+    assert len(history.samples) == 1
+    assert sum(history.times["use_time"].read()[0]) == 2
+    assert "an observer of <ThreadedConnectionPool" in caplog.text

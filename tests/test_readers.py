@@ -21,6 +21,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client.parser import text_string_to_metric_families
 from pyramid.config import Configurator
 from pyramid.response import Response
+from transaction.interfaces import TransientError
 from webtest import TestApp
 
 import zpgpool
@@ -37,8 +38,10 @@ from zpgpool.keeper import keeper
 from zpgpool.lag import lag_of
 from zpgpool.lag import NOT_YET
 from zpgpool.lag import watch
+from zpgpool.lease import Lease
 from zpgpool.metrics import instrument
 from zpgpool.readers import asks_for_primary
+from zpgpool.readers import ReadingLease
 from zpgpool.settings import SettingError
 from zpgpool.status import StatusApp
 from zpgpool.wsgi import get_connection
@@ -504,6 +507,132 @@ def test_a_closed_replica(make_main: Any, caplog: pytest.LogCaptureFixture) -> N
     assert [client.get("/").text for _ in range(2)] == ["primary"] * 2
     assert caplog.text.count("is left out") == 1
     assert lag_of(pools()[1]).tend(0.0) is None  # type: ignore[union-attr]
+
+
+def test_a_replica_that_is_not_registered(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make_main()
+    replica = zpgpool.unregister_pool("replica")
+    client = site()
+    assert [client.get("/").text for _ in range(2)] == ["primary"] * 2
+    assert caplog.text.count("no pool is registered as 'replica'") == 1
+    zpgpool.register_pool(replica, "replica")
+    assert client.get("/").text == "standby"
+
+
+def test_a_replica_that_is_the_pool_itself(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
+    main = make_main()
+    zpgpool.unregister_pool("replica")
+    zpgpool.register_pool(main, "replica")
+    assert site().get("/").text == "primary"
+    assert "is left out, <ThreadedConnectionPool 'main'" in caplog.text
+    zpgpool.unregister_pool("replica")
+
+
+def test_an_end_that_is_interrupted_gives_back_what_was_read_from(
+    make_main: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_main()
+    release = Lease._release
+
+    def interrupt(lease: Lease) -> None:
+        if isinstance(lease, ReadingLease):
+            raise KeyboardInterrupt
+        release(lease)
+
+    monkeypatch.setattr(Lease, "_release", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        site().get("/")
+    assert [pool.holders() for pool in pools()] == [[], []]
+
+
+def with_transactions(app: Any, again: bool) -> Any:
+    """Return what commits after `app`, and runs it once more where it may be `again`: a filter like repoze.tm2."""
+
+    def filtered(environ: Any, start_response: Any) -> Any:
+        for is_last in [False, True] if again else [True]:
+            transaction.begin()
+            try:
+                body = app(environ, start_response)
+                transaction.commit()
+                return body
+            except TransientError:
+                transaction.abort()
+                if is_last:
+                    raise
+            except BaseException:
+                transaction.abort()
+                raise
+        raise AssertionError
+
+    return filtered
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("outer", [None, "other"])
+def test_a_safe_method_that_writes_in_a_transaction(
+    make_main: Any, caplog: pytest.LogCaptureFixture, again: bool, outer: str | None, level: Pair
+) -> None:
+    """Nobody's pool is left for it, and its client is sent to the primary."""
+    main = make_main()
+    other = zpgpool.ThreadedConnectionPool(1, 2, dsn_of(level.primary), name="other")
+    zpgpool.register_pool(other, "other")
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        answer = run(connection("main"), "INSERT INTO notes (text) VALUES ('in tm') RETURNING 'written'")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [answer.encode()]
+
+    try:
+        wrapped = PoolMiddleware(with_transactions(app, again), name="main")
+        client = TestApp(PoolMiddleware(wrapped, name=outer) if outer else wrapped)
+        main.putconn(main.getconn())
+        response = client.get("/")
+        assert response.text == "written"
+        assert "zpgpool-written" in response.headers["Set-Cookie"]
+        assert "takes no writes any more" not in caplog.text
+        assert main.get_stats()["connections_num"] == 1
+        assert other.get_stats()["pool_available"] == 1
+        assert [pool.holders() for pool in pools()] == [[], []]
+    finally:
+        zpgpool.unregister_pool("other").close(0)
+
+
+def test_what_has_been_sent_is_not_sent_again(make_main: Any) -> None:
+    make_main()
+    starts = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        starts.append(1)
+        start_response("200 OK", [("Content-Type", "text/plain")])(b"some")
+        run(get_connection(environ, "main"), "INSERT INTO notes (text) VALUES ('x')")
+        return []
+
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        site(app).get("/")
+    assert starts == [1]
+
+
+@pytest.mark.parametrize(
+    ("ago", "is_asked"),
+    [
+        ([1], True),
+        ([9], False),
+        ([9, 1], True),
+        ([1, 9], True),
+        ([-0.5], True),
+        ([-60], False),
+    ],
+)
+def test_the_newest_cookie_counts(ago: list[float], is_asked: bool) -> None:
+    cookies = "; ".join(["a=b", *(f"zpgpool-written={time.time() - each:.3f}" for each in ago), "c=d"])
+    assert asks_for_primary({"HTTP_COOKIE": cookies}, 5) is is_asked
+    assert not asks_for_primary({"HTTP_COOKIE": cookies.replace("zpgpool", "xzpgpool")}, 5)
+
+
+def test_the_cookies_path_is_the_browsers(make_main: Any) -> None:
+    make_main()
+    response = site().post("/", extra_environ={"SCRIPT_NAME": "/caf\xc3\xa9"})
+    assert "Path=/caf%C3%A9" in response.headers["Set-Cookie"]
 
 
 # A safe method that writes -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from psycopg2.extras import DictCursor
 from psycopg2.extras import LoggingConnection
 
 import zpgpool
-from zpgpool.session import is_watched
+from zpgpool.entry import Entry
 from zpgpool.session import session_of
 from zpgpool.session import watched
 
@@ -107,9 +108,87 @@ def test_the_default_class_has_no_dict(make_pool: MakePool) -> None:
 @pytest.mark.parametrize("factory", [by_hand, object, 5])
 def test_what_is_no_class_of_connections_is_left_alone(factory: Any) -> None:
     assert watched(factory) is factory
-    assert not is_watched(factory)
 
 
-def test_a_watched_class_is_made_once() -> None:
-    assert watched(Slotted) is watched(Slotted)
-    assert watched(watched(Slotted)) is watched(Slotted)
+class Sly(Connection):
+    """Changes its session by a method of its own."""
+
+    def make_it_readonly(self) -> None:
+        super().set_session(readonly=True)
+
+
+class Strict(Connection):
+    """Admits the settings it knows only."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("autocommit", "isolation_level", "readonly", "deferrable", "cursor_factory"):
+            raise AttributeError(f"no such setting: {name}")
+        super().__setattr__(name, value)
+
+
+class Choosy(Connection):
+    """Makes connections of another class."""
+
+    def __new__(cls, dsn: str, *args: Any) -> Any:
+        return Connection(dsn, *args)
+
+
+class Demanding(Connection):
+    """Wants something of each subclass."""
+
+    def __init_subclass__(cls, *, dialect: str) -> None:
+        pass
+
+
+@dataclass
+class Maker:
+    """A factory that cannot be hashed."""
+
+    made: int = 0
+
+    def __call__(self, dsn: str, *args: Any) -> Connection:
+        self.made += 1
+        return Connection(dsn, *args)
+
+
+@pytest.mark.parametrize("factory", [Sly, Strict, Choosy, Demanding, Maker()], ids=lambda factory: str(factory))
+def test_whatever_a_factory_is_its_connections_are_kept_clean(make_pool: MakePool, factory: Any) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 0, 1, idle_timeout=60, connection_factory=factory)
+    for _ in range(3):
+        with pool.connection() as conn:
+            assert (conn.autocommit, conn.readonly) == (False, None)
+            conn.autocommit = True
+            if factory is Sly:
+                conn.autocommit = False
+                conn.make_it_readonly()
+    assert pool.get_stats()["connections_num"] == 1
+
+
+def test_what_is_deleted_is_there_for_the_next(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 1, idle_timeout=60, cursor_factory=DictCursor)
+    with pool.connection() as conn:
+        del conn.cursor_factory
+    with pool.connection() as conn:
+        assert conn.cursor_factory is DictCursor
+
+
+def test_a_change_while_it_is_compared_is_seen_at_the_next_return(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a thread that has it still: its note must outlive the comparison."""
+    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 1, idle_timeout=60)
+    conn = pool.getconn()
+    is_clean = Entry.is_clean
+
+    def compare_and_change(entry: Entry) -> bool:
+        same = is_clean(entry)
+        conn.autocommit = True
+        return same
+
+    monkeypatch.setattr(Entry, "is_clean", compare_and_change)
+    conn.readonly = True
+    pool.putconn(conn)
+    monkeypatch.undo()
+    pool.putconn(pool.getconn())
+    with pool.connection() as conn:
+        assert not conn.autocommit

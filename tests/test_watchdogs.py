@@ -10,6 +10,7 @@ from typing import Any
 import psycopg2
 import pytest
 import transaction
+import zope.event
 
 import zpgpool
 from conftest import Call
@@ -19,6 +20,7 @@ from conftest import Outside
 from conftest import run
 from serving import waitress
 from zpgpool.datamanager import connection
+from zpgpool.events import ConnectionLeaked
 from zpgpool.lease import Disconnects
 from zpgpool.watchdog import end_held_too_long
 from zpgpool.wsgi import get_connection
@@ -72,6 +74,20 @@ class TestHoldLimit:
         pool.putconn(conn)
         with pool.connection() as other:
             assert run(other, "SELECT 1") == 1
+
+    def test_whatever_a_subscriber_of_leaks_raises(self, pool: Any) -> None:
+        def leave(event: object) -> None:
+            if isinstance(event, ConnectionLeaked):
+                raise SystemExit
+
+        pool.settings.leak_after = 5.0
+        zope.event.subscribers.append(leave)
+        conn = pool.getconn()
+        with pytest.raises(SystemExit):
+            pool.tend(time.monotonic() + 11)
+        with pytest.raises(psycopg2.Error):
+            run(conn, "SELECT 1")
+        pool.putconn(conn)
 
     def test_a_drained_one_is_ended_too(self, pool: Any, caplog: pytest.LogCaptureFixture) -> None:
         conn = pool.getconn()

@@ -42,7 +42,7 @@ from .handoff import LOOK_AGAIN
 from .herald import Herald
 from .herald import weakly
 from .interfaces import IObserver
-from .session import is_watched
+from .session import Watched
 from .session import watched
 from .settings import check_sizes
 from .settings import convert
@@ -96,7 +96,6 @@ class AbstractConnectionPool(ABC):
         self.closed = False
         # Closures, so that no attribute holds the password.
         factory = watched(keywords.get("connection_factory") or Connection)
-        self._is_watched = is_watched(factory)
         self._connect: Callable[[], Connection] = lambda: psycopg2.connect(
             **{**keywords, "connection_factory": factory}
         )
@@ -123,7 +122,7 @@ class AbstractConnectionPool(ABC):
         self._here = Here(self._callers)
         self._stock = Stock(
             settings,
-            self._connect,
+            weakly(self._open),
             self._herald,
             weakly(self._lose),
             weakly(self._tidy),
@@ -133,7 +132,7 @@ class AbstractConnectionPool(ABC):
         self._parked = self._stock.handoff.parked
         self._line = self._stock.handoff.line
         #: Whether each return goes the long way: to be reset, compared with how it was, or told of.
-        self._is_long = settings.reset is not None or not self._is_watched or bool(self._herald.observers)
+        self._is_long = settings.reset is not None or bool(self._herald.observers)
         #: From when on each return looks for more than waiters (monotonic seconds): see `_after_return`.
         self._watch_at = 0.0 if settings.idle_timeout == 0 else NEVER
         #: A connection that rested for longer is judged before it is handed out.
@@ -145,6 +144,12 @@ class AbstractConnectionPool(ABC):
         #: What was lost without being returned, until its place is freed.
         self._strays: deque[Entry] = deque()
         _pools.add(self)
+
+    def _open(self) -> Connection:
+        conn = self._connect()
+        # A factory that is no class, or makes another one's connections: nobody tells who changed what.
+        self._is_long = self._is_long or not isinstance(conn, Watched)
+        return conn
 
     def _make_lock(self) -> AbstractContextManager[object]:
         # Reentrant: the garbage collector, or a signal, may call us in the thread that holds it.
@@ -180,8 +185,6 @@ class AbstractConnectionPool(ABC):
     def maxconn(self) -> int:
         """See `IConnectionPool`."""
         return self.settings.maxconn
-
-    # What it does not say --------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -262,15 +265,15 @@ class AbstractConnectionPool(ABC):
             return None
         settings, stock = self.settings, self._stock
         self._bury()
-        report_leaks(self._users(), settings, self._herald, now)
         end_held_too_long(self._users(), settings, self._herald, now)
+        report_leaks(self._users(), settings, self._herald, now)
         stock.handoff.forget_lost()
         stock.expire(now)
         stock.look_at_all()
         if len(stock.handoff) < settings.minconn and not stock.outage.is_on:
             self._start_refill()
-        due = [now + settings.prune_interval, *due_times(self._users(), settings, now), *stock.due_times(now)]
-        return min(due + [observer.tend(now) for observer in self._herald.observers])
+        due = [*due_times(self._users(), settings, now), *stock.due_times(now), *self._herald.tend(now)]
+        return min([now + settings.prune_interval, *due])
 
     def observe(self, observer: IObserver) -> None:
         """See `IConnectionPool`."""
@@ -380,8 +383,6 @@ class AbstractConnectionPool(ABC):
     def _after_return(self, now: float) -> None:
         """What a return sees to besides its own connection: the line, too many idle ones, a pool that was closed."""
         self._stock.after_return()
-
-    # Maintenance -----------------------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
         """Mend what an end of a thread, or an exception in one, left to those who wait."""

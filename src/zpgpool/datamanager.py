@@ -31,6 +31,7 @@ from .errors import PoolError
 from .lease import current_lease
 from .readers import blames_replica
 from .registry import get_pool
+from .session import PLAIN
 
 
 try:
@@ -420,7 +421,7 @@ class _TransientMixin:
 
 def _default_factory(conn: Connection) -> Any:
     """Return the class of cursors that a connection without `cursor_factory` makes; its own class may decide that."""
-    if type(conn) is Psycopg2Connection:
+    if type(conn) in (Psycopg2Connection, PLAIN):
         return cursor
     with conn.cursor() as curs:
         return type(curs)

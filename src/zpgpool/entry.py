@@ -140,8 +140,8 @@ class Entry(Place):
         self.since = now
         self.expires = expires
         self.look_at = 0.0
-        self.baseline = session_of(self.conn)
         untouch(self.conn)
+        self.baseline = session_of(self.conn)
         self.is_standby = self.conn.get_parameter_status("in_hot_standby") == "on"
 
     def doom(self) -> None:
@@ -178,10 +178,8 @@ class Entry(Place):
                 extra(conn)
             if not is_touched(conn):
                 return conn.status == STATUS_READY and not conn.get_transaction_status()
-            is_clean = self.is_clean()
-            if is_clean:
-                untouch(conn)
-            return is_clean
+            untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
+            return self.is_clean()
         except Exception as error:
             log.warning("a returned connection could not be made clean and is closed: %s", one_line(error))
             return False

@@ -5,6 +5,7 @@ Holds the pool weakly, as all that a pool's own parts have of it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .caller import Holder
     from .entry import Entry
     from .errors import PoolError
+
+
+log = logging.getLogger("zpgpool")
 
 
 class Herald:
@@ -74,13 +78,25 @@ class Herald:
 
     def waited(self, seconds: float) -> None:
         """Tell the observers of a wait in the line."""
-        for observer in self.observers:
-            observer.waited(seconds)
+        self._call(lambda observer: observer.waited(seconds))
 
     def used(self, seconds: float) -> None:
         """Tell the observers of a use."""
-        for observer in self.observers:
-            observer.used(seconds)
+        self._call(lambda observer: observer.used(seconds))
+
+    def tend(self, now: float) -> list[float]:
+        """Let the observers do what is due, and return when to come again (monotonic seconds)."""
+        return self._call(lambda observer: observer.tend(now))
+
+    def _call(self, method: Callable[[IObserver], Any]) -> list[Any]:
+        """Return what the observers do. What one of them raises is logged, and stops nothing."""
+        done = []
+        for observer in list(self.observers):
+            try:
+                done.append(method(observer))
+            except Exception:
+                log.exception("an observer of %s failed: %r", self, observer)
+        return done
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,16 +6,17 @@ Safe methods are those of RFC 9110, section 9.2.1.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import nullcontext
 from typing import Any
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import psycopg2
 from psycopg2 import errorcodes
-from webob import Request
 from webob.cookies import make_cookie
 
 from .entry import one_line
@@ -54,20 +55,18 @@ def asks_for_primary(environ: WSGIEnvironment, seconds: float) -> bool:
     """Whether the request says so, or its client has written within so many seconds."""
     if environ.get(f"HTTP_{HEADER.upper().replace('-', '_')}", "0") not in ("", "0"):
         return True
-    if seconds == 0 or COOKIE not in environ.get("HTTP_COOKIE", ""):
-        return False
-    try:
-        since = time.time() - float(Request(environ).cookies.get(COOKIE, ""))
-    except ValueError:
-        return False
-    return -SKEW <= since < seconds
+    # All of that name: there may be one for each path that leads here, and the last write counts.
+    written = re.findall(rf"(?:^|[;\s]){COOKIE}=(\d{{1,12}}(?:\.\d{{1,9}})?)(?=;|\s|$)", environ.get("HTTP_COOKIE", ""))
+    return any(-SKEW <= time.time() - float(at) < seconds for at in written)
 
 
 def remembering(start_response: StartResponse, environ: WSGIEnvironment, seconds: float) -> StartResponse:
     """Return a `start_response` that adds the cookie, which lasts for so many seconds."""
-    path, is_secure = environ.get("SCRIPT_NAME") or "/", environ.get("wsgi.url_scheme") == "https"
+    # As the browser has it in its address, which it compares with the path.
+    path = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")) or "/"
+    is_secure = environ.get("wsgi.url_scheme") == "https"
 
-    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
         cookie = make_cookie(
             COOKIE,
             f"{time.time():.3f}",
@@ -77,9 +76,35 @@ def remembering(start_response: StartResponse, environ: WSGIEnvironment, seconds
             httponly=True,
             samesite="Lax",
         )
-        return start_response(status, [*headers, ("Set-Cookie", cookie)], *exc_info)
+        return start_response(status, [*headers, ("Set-Cookie", cookie)], *_given(exc_info))
 
     return start if seconds else start_response
+
+
+def _given(exc_info: Any) -> Any:
+    return () if exc_info is None else (exc_info,)
+
+
+def watching(
+    start_response: StartResponse, environ: WSGIEnvironment, seconds: float, lease: ReadingLease
+) -> StartResponse:
+    """Return a `start_response` for a request that reads from a replica: says to `lease` what has gone out.
+
+    It adds the cookie where the request has written after all: on the primary, when its transaction was run again.
+    """
+    remember = remembering(start_response, environ, seconds)
+
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        begin = remember if lease.has_tried_to_write else start_response
+        write = begin(status, headers, *_given(exc_info))
+
+        def write_and_note(data: bytes) -> object:
+            lease.has_sent = True
+            return write(data)
+
+        return write_and_note
+
+    return start
 
 
 def anew(start_response: StartResponse, error: BaseException) -> StartResponse:
@@ -88,8 +113,9 @@ def anew(start_response: StartResponse, error: BaseException) -> StartResponse:
     With `error` as its reason the server replaces that one, or raises the error when it has sent it (PEP 3333).
     """
 
-    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-        return start_response(status, headers, *(exc_info or [(type(error), error, error.__traceback__)]))
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        reason: Any = (type(error), error, error.__traceback__)
+        return start_response(status, headers, exc_info or reason)
 
     return start
 
@@ -103,6 +129,11 @@ class ReadingLease(Lease):
         self.reader = reader
         self._is_own = is_own
         self.is_reading = True
+        #: Whether the replica has refused a write; and whether a part of the body has been sent.
+        self.has_tried_to_write = False
+        self.has_sent = False
+        #: The last error that was the replica's: it may be asked about by a transaction's retry, and by the middleware.
+        self._blamed: psycopg2.Error | None = None
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -132,10 +163,13 @@ class ReadingLease(Lease):
 
     def blames(self, error: psycopg2.Error) -> bool:
         """Whether the request may succeed on the primary: then it reads there from now on."""
+        if error is self._blamed:
+            return True
         if not (self.is_reading and self.reader.had(error) and _is_replicas_fault(error)):
             return False
-        self.is_reading = False
+        self.is_reading, self._blamed = False, error
         if is_refused_write(error):
+            self.has_tried_to_write = True
             log.warning(
                 "%s writes, which its method promises not to, and a replica refuses: let it be a POST, or ask for the "
                 "primary with the header %s (%s)",
@@ -157,9 +191,12 @@ class ReadingLease(Lease):
 
     def end(self) -> None:
         """See `Lease`."""
-        super().end()
-        if self._is_own:
-            self.reader.end()
+        self._blamed = None  # its traceback refers to us
+        try:
+            super().end()
+        finally:
+            if self._is_own:
+                self.reader.end()
 
 
 def has_body(environ: WSGIEnvironment) -> bool:

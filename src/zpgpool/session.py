@@ -6,10 +6,10 @@ Knows nothing of pools.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
-from typing import TYPE_CHECKING
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
@@ -20,11 +20,6 @@ from .errors import PoolError
 from .settings import PoolSettings
 
 
-if TYPE_CHECKING:
-    Base = Connection
-else:
-    Base = object
-
 #: What a transaction, and a user's own settings, change.
 session_of: Callable[[Connection], tuple[object, ...]] = attrgetter(
     "status", "autocommit", "isolation_level", "readonly", "deferrable", "encoding", "cursor_factory"
@@ -34,10 +29,11 @@ session_of: Callable[[Connection], tuple[object, ...]] = attrgetter(
 SESSION = ("isolation_level", "readonly", "autocommit")
 
 
-class Watched(Base):
-    """Mixed into a connection class: knows whether anybody may have changed what `session_of` reads.
+class Watched(Connection):
+    """Mixed into a connection class, behind the user's own: notes whether what `session_of` reads may have changed.
 
     To read and compare all that is a quarter of a checkout and return (docs/performance.rst), and few change it.
+    A change is noted before, for one that is interrupted, and after, for another thread that has compared meanwhile.
     """
 
     __slots__ = ()
@@ -45,41 +41,66 @@ class Watched(Base):
     is_touched: bool
 
     def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__("is_touched", True)
-        super().__setattr__(name, value)
+        with _noted(self):
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        with _noted(self):
+            super().__delattr__(name)
 
     def set_session(self, *args: Any, **keywords: Any) -> None:
-        self.is_touched = True
-        super().set_session(*args, **keywords)
+        with _noted(self):
+            super().set_session(*args, **keywords)
 
     def set_isolation_level(self, *args: Any) -> None:
-        self.is_touched = True
-        super().set_isolation_level(*args)
+        with _noted(self):
+            super().set_isolation_level(*args)
 
     def set_client_encoding(self, *args: Any) -> None:
-        self.is_touched = True
-        super().set_client_encoding(*args)
+        with _noted(self):
+            super().set_client_encoding(*args)
 
     def reset(self) -> None:
-        self.is_touched = True
-        super().reset()
+        with _noted(self):
+            super().reset()
 
 
-@cache
+@contextmanager
+def _noted(conn: Watched) -> Iterator[None]:
+    mark(conn, True)
+    try:
+        yield
+    finally:
+        mark(conn, True)
+
+
+def mark(conn: Connection, is_touched: bool) -> None:
+    """Set the note, past a `__setattr__` of the user's."""
+    Connection.__setattr__(conn, "is_touched", is_touched)
+
+
+def _watch(factory: Any) -> Any:
+    names = {"__slots__": ("is_touched",), "__module__": factory.__module__, "__doc__": factory.__doc__}
+    return type(factory)(factory.__name__, (factory, Watched), names)
+
+
+#: What psycopg2's own class becomes.
+PLAIN: Any = type("connection", (Watched,), {"__slots__": ("is_touched",), "__module__": Connection.__module__})
+
+
 def watched(factory: Any) -> Any:
-    """Return a class of connections like `factory`'s, watched; whatever is no class of connections comes back as it is.
+    """Return a class of connections like `factory`'s, watched; whatever cannot be watched comes back as it is.
 
     The class has the name of the user's own, and adds no `__dict__`.
     """
+    if factory is Connection:
+        return PLAIN
     if not issubclass(type(factory), type) or not issubclass(factory, Connection) or issubclass(factory, Watched):
         return factory
-    names = {"__slots__": ("is_touched",), "__module__": factory.__module__, "__doc__": factory.__doc__}
-    return type(factory)(factory.__name__, (Watched, factory), names)
-
-
-def is_watched(factory: Any) -> bool:
-    """Whether all connections that `factory` makes are watched."""
-    return isinstance(factory, type) and issubclass(factory, Watched)
+    try:
+        return _watch(factory)
+    except Exception:  # a metaclass, or __init_subclass__, that wants something else
+        return factory
 
 
 def is_touched(conn: Connection) -> bool:
@@ -90,7 +111,7 @@ def is_touched(conn: Connection) -> bool:
 def untouch(conn: Connection) -> None:
     """Begin to watch: the session is now as every user shall find it."""
     if isinstance(conn, Watched):
-        Connection.__setattr__(conn, "is_touched", False)
+        mark(conn, False)
 
 
 def set_up(conn: Connection, settings: PoolSettings) -> None:

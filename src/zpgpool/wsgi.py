@@ -41,7 +41,9 @@ from .readers import is_refused_write
 from .readers import is_safe
 from .readers import ReadingLease
 from .readers import remembering
+from .readers import watching
 from .registry import get_pool
+from .registry import query_pool
 
 
 if TYPE_CHECKING:
@@ -157,18 +159,26 @@ class PoolMiddleware:
         is_own = reader is None
         reader = environ[key] = reader or Lease(replica, environ)
         lease = ReadingLease(pool, environ, reader, is_own)
-        return self._serve(environ, start_response, lease, None if has_body(environ) else begin_again)
+        start = watching(start_response, environ, seconds, lease)
+        return self._serve(environ, start, lease, None if has_body(environ) else begin_again)
 
     def _find_replica(self, pool: Any, settings: PoolSettings) -> Any:
         """Return the replica, or None when nobody should read there now."""
-        replica: Any = get_pool(settings.replica, self._registry)
-        why = "it is closed" if replica.closed else watch(replica).why_not(settings.max_lag, monotonic())
+        replica: Any = query_pool(settings.replica, self._registry)
+        if replica is None:
+            why = f"no pool is registered as {settings.replica!r}"
+        elif replica is pool:
+            why = "it is the same"
+        elif replica.closed:
+            why = "it is closed"
+        else:
+            why = watch(replica).why_not(settings.max_lag, monotonic())
         if why is not NOT_YET and bool(why) is not self._is_left_out:
             self._is_left_out = bool(why)
             if why:
-                log.warning("%r is left out, %r is read from: %s", replica, pool, why)
+                log.warning("the replica %r is left out, %r is read from: %s", settings.replica, pool, why)
             else:
-                log.warning("%r is read from again", replica)
+                log.warning("the replica %r is read from again", settings.replica)
         return None if why else replica
 
     def _serve(
@@ -219,11 +229,11 @@ class PoolMiddleware:
         """Answer from the primary, or that there is no database, if that is what `error` says; else raise it."""
         pool = lease.pool
         if isinstance(lease, ReadingLease) and lease.blames(error):
-            if begin_again is None:
+            if begin_again is None or lease.has_sent:
                 raise error
             lease.end()
             return begin_again(error)
-        if _is_demotion(error) and not pool.closed and lag_of(pool) is None:
+        if _is_demotion(error) and lease.had(error) and not pool.closed and lag_of(pool) is None:
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease.request, pool, error)
             pool.drain()
         if not _is_unavailable(error, pool):
