@@ -323,6 +323,13 @@ class TestKeywords:
             "host": "x",
         }
 
+    @pytest.mark.parametrize("dsn", ["postgresql://app:hunter2/@db:port", "host=x hunter2", "passwort=hunter2", 5])
+    def test_a_connection_string_that_libpq_cannot_read_is_not_shown(self, dsn: Any) -> None:
+        with pytest.raises(SettingError) as caught:
+            sort_keywords((dsn,), {})
+        assert str(caught.value) == "option 'dsn': libpq cannot read this connection string"
+        assert caught.value.__cause__ is None
+
     @pytest.mark.parametrize(("args", "keywords"), [(("port=1",), {"dsn": "port=2"}), (("", None, None, 4), {})])
     def test_twice_or_too_many_are_refused(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         with pytest.raises(TypeError, match="by place, and each once"):

@@ -101,8 +101,7 @@ class Lease:
         """Return the request's connection. Raises PoolError after the request's end."""
         if self.is_over:
             raise PoolError(f"{self.request}: the request has ended, and its connection was given back")
-        hold = self._live_hold()
-        if hold is not None:
+        if self._hold is not None and (hold := self._live_hold()) is not None:
             held: Connection = hold.conn
             return held
         if self._caller is not None:

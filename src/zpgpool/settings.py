@@ -310,9 +310,12 @@ def read_environment(dsn: Any) -> Any:
 def check_dsn(dsn: Any) -> None:
     """Raise SettingError when libpq cannot read `dsn`, without showing any of it."""
     try:
-        parse_dsn(dsn)
+        ports = parse_dsn(dsn).get("port", "")
     except (psycopg2.Error, TypeError):
-        raise SettingError("option 'dsn': libpq cannot read this connection string") from None
+        ports = "none"
+    # Of a password with a slash in it libpq takes a part for the port, which its error would show.
+    if not re.fullmatch(r"[\d,]*", ports):
+        raise SettingError("option 'dsn': libpq cannot read this connection string")
 
 
 #: The parts of a connection string that tell where the server is, and who comes there.
@@ -340,8 +343,8 @@ def scrub(text: str, keywords: Mapping[str, Any]) -> str:
 def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort what a pool is constructed with: its own options, and the keywords that go to `psycopg2.connect()`.
 
-    `args` are the first of CONNECT_KEYWORDS. Raises SettingError for a keyword that nobody knows, TypeError for one too
-    many, or given twice.
+    `args` are the first of CONNECT_KEYWORDS. Raises SettingError for a keyword that nobody knows, and a connection
+    string that libpq cannot read; TypeError for an argument too many, or given twice.
     """
     options = {name: value for name, value in keywords.items() if name in TABLE}
     connect = {name: value for name, value in keywords.items() if name not in TABLE}
@@ -352,8 +355,9 @@ def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[d
     if len(args) > len(CONNECT_KEYWORDS) or by_place.keys() & connect.keys():
         raise TypeError(f"psycopg2.connect() takes {CONNECT_KEYWORDS} by place, and each once")
     connect |= by_place
-    if "dsn" in connect:
+    if connect.get("dsn") is not None:
         connect["dsn"] = read_environment(connect["dsn"])
+        check_dsn(connect["dsn"])  # now: libpq's own error would quote a part of it
     return options, connect
 
 

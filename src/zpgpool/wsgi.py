@@ -120,6 +120,7 @@ class PoolMiddleware:
     def _adopt(self, pool: Any) -> None:
         self._pool = pool
         self._is_for_one_thread = isinstance(pool, SimpleConnectionPool)
+        self._has_replica = bool(getattr(getattr(pool, "settings", None), "replica", ""))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         pool = self.pool
@@ -129,9 +130,8 @@ class PoolMiddleware:
         if outer is not None:
             environ[self._key] = outer
             return self.app(environ, start_response)
-        settings = getattr(pool, "settings", None)
-        if settings is not None and settings.replica:
-            return self._route(environ, start_response, pool, settings)
+        if self._has_replica:
+            return self._route(environ, start_response, pool, pool.settings)
         return self._serve(environ, start_response, Lease(pool, environ))
 
     def _route(
