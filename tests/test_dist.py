@@ -107,10 +107,14 @@ def test_a_command_that_needs_an_extra_names_it(python: Path, tmp_path: Path, ar
 
 
 PROGRAM = """
-from wsgiref.types import StartResponse, WSGIEnvironment
+from __future__ import annotations
+from typing import TYPE_CHECKING
 
 import zpgpool
 from zpgpool.wsgi import PoolMiddleware, get_connection
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:

@@ -57,7 +57,9 @@ def machine(dsn: str) -> type[RuleBasedStateMachine]:
         def getconn_by_key(self, key: Any) -> None:
             if key in self.by_key and not self.by_key[key].closed:
                 assert self.pool.getconn(key) is self.by_key[key]
-            elif key not in self.by_key and self.in_use >= self.pool.maxconn:
+                return
+            self.by_key.pop(key, None)  # its place is room again, unless the pool was made smaller meanwhile
+            if self.in_use >= self.pool.maxconn:
                 with pytest.raises(zpgpool.PoolTimeout):
                     self.pool.getconn(key)
             else:

@@ -21,9 +21,8 @@ from .keeper import keeper
 
 
 if TYPE_CHECKING:
-    from wsgiref.types import WSGIEnvironment
-
     import psycopg2
+    from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
     from .caller import Caller

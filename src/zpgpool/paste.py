@@ -23,7 +23,7 @@ from .wsgi import PoolMiddleware
 
 
 if TYPE_CHECKING:
-    from wsgiref.types import WSGIApplication
+    from _typeshed.wsgi import WSGIApplication
 
 
 log = logging.getLogger("zpgpool")

@@ -28,9 +28,9 @@ from .lease import Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from wsgiref.types import StartResponse
-    from wsgiref.types import WSGIEnvironment
 
+    from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
 

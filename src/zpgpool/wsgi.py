@@ -47,10 +47,9 @@ from .registry import query_pool
 
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse
-    from wsgiref.types import WSGIApplication
-    from wsgiref.types import WSGIEnvironment
-
+    from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIApplication
+    from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
     from .settings import PoolSettings
