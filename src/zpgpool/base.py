@@ -292,7 +292,7 @@ class AbstractConnectionPool(ABC):
         """Refill in a thread of its own: a server that does not answer must not stop the timer of all pools."""
         if not self._refilling.is_alive():
             self._refilling = threading.Timer(random.uniform(0, SPREAD), weakly(self._refill))
-            self._refilling.daemon = True
+            self._refilling.name, self._refilling.daemon = "zpgpool-refill", True
             self._refilling.start()
 
     def _refill(self) -> None:

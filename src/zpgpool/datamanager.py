@@ -117,7 +117,7 @@ class DataManager:
     def __repr__(self) -> str:
         return f"<DataManager of {self.pool!r}>"
 
-    def sortKey(self) -> str:  # noqa: N802  (the interface has it so)
+    def sortKey(self) -> str:
         """See `transaction.interfaces.IDataManager`."""
         return self._sort_key
 

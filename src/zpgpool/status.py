@@ -90,7 +90,8 @@ class StatusApp:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         response = self._answer(environ)
-        response.headers.update(HEADERS)  # type: ignore[arg-type]  # the stubs want a class of theirs
+        for name, value in HEADERS.items():
+            response.headers[name] = value
         return response(environ, start_response)
 
     def _answer(self, environ: WSGIEnvironment) -> Response:

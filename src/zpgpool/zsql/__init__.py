@@ -150,14 +150,14 @@ def _column(column: Any) -> dict[str, Any]:
     }
 
 
-class Connection(ConnectionBase):  # type: ignore[misc]  # Zope has no types
+class Connection(ConnectionBase):
     """A database connection object: the name of a pool, and how its rows are shown."""
 
     meta_type = "zpgpool Database Connection"
     database_type = "zpgpool"
     zmi_icon = "fas fa-database"
     security = ClassSecurityInfo()
-    _isAnSQLConnection = True  # noqa: N815  (Zope looks for this name)
+    _isAnSQLConnection = True
     connect_on_load = False
 
     manage_options = (
@@ -174,25 +174,25 @@ class Connection(ConnectionBase):  # type: ignore[misc]  # Zope has no types
         self.id = id
         self.edit(title, pool_name, zdatetime)
 
-    @security.protected(change_database_connections)  # type: ignore[untyped-decorator]  # Zope's
+    @security.protected(change_database_connections)
     def edit(self, title: str, pool_name: str = "", zdatetime: bool = False) -> None:
         """Change the properties."""
         self.title, self.pool_name, self.zdatetime = title, pool_name.strip(), bool(zdatetime)
 
-    @security.protected(change_database_connections)  # type: ignore[untyped-decorator]  # Zope's
+    @security.protected(change_database_connections)
     def manage_edit(
         self,
         title: str,
         pool_name: str = "",
         zdatetime: bool = False,
-        REQUEST: Any = None,  # noqa: N803  (as Zope passes it)
+        REQUEST: Any = None,
     ) -> None:
         """Change the properties, from the form."""
         self.edit(title, pool_name, zdatetime)
         if REQUEST is not None:
             REQUEST.RESPONSE.redirect(f"{self.absolute_url()}/manage_main?manage_tabs_message=Saved.")
 
-    @security.protected(use_database_methods)  # type: ignore[untyped-decorator]  # Zope's
+    @security.protected(use_database_methods)
     def __call__(self, v: object = None) -> Database:
         return Database(self.pool_name, self.zdatetime)
 
@@ -205,13 +205,13 @@ class Connection(ConnectionBase):  # type: ignore[misc]  # Zope has no types
         """Return what lists of connection objects show."""
         return f"{self.title or self.id} ({'connected' if self.connected() else 'not connected'})"
 
-    @security.protected(view_management_screens)  # type: ignore[untyped-decorator]  # Zope's
+    @security.protected(view_management_screens)
     def pool_state(self) -> str:
         """Return one line about the pool."""
         pool = query_pool(self.pool_name)
         return repr(pool) if pool is not None else f"no pool is registered as {self.pool_name!r}"
 
-    @security.protected(view_management_screens)  # type: ignore[untyped-decorator]  # Zope's
+    @security.protected(view_management_screens)
     def browse(self) -> list[dict[str, Any]]:
         """Return the tables with their columns, for the tab of that name; none without a pool."""
         try:
@@ -232,7 +232,7 @@ def add_connection(
     title: str = "",
     pool_name: str = "",
     zdatetime: bool = False,
-    REQUEST: Any = None,  # noqa: N803  (as Zope passes it)
+    REQUEST: Any = None,
 ) -> Any:
     """Add a connection object to a folder, from the form or a script."""
     self._setObject(id, Connection(id, title, pool_name, zdatetime))
