@@ -1,5 +1,7 @@
 """psycopg2 connection pools for Zope, Pyramid and plain WSGI: who used `psycopg2.pool` changes one import."""
 
+import sys
+import warnings
 from typing import Any
 
 from .base import AbstractConnectionPool
@@ -33,6 +35,15 @@ __all__ = [
     "register_pool",
     "unregister_pool",
 ]
+
+if not getattr(sys, "_is_gil_enabled", lambda: True)():  # since Python 3.13
+    # handoff.py works without a lock, by what the interpreter promises under its own one.
+    warnings.warn(
+        "zpgpool is not proven on a free-threaded Python: its hand-over of connections rests on the interpreter's "
+        "lock; run it with PYTHON_GIL=1, or with a Python that has the lock",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 # The one place where the pools meet the timer: neither knows the other.
 AbstractConnectionPool.attend = keeper.watch
