@@ -7,13 +7,22 @@ SECONDS ?= 20
 SEED ?= 1
 BIN = .venv/bin
 COVERAGE = $(BIN)/coverage
+# Tests wait more than they work: more workers than processors pay. A few tests begin sooner without any.
+WORKERS ?= $(if $(ARGS),0,4)
+PYTEST = pytest --numprocesses $(WORKERS) --dist worksteal
+
+# Where it is set, as it is in many containers, each run of the tests would compile all of them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs stress bench dist clean
+# Two installs into one .venv at a time break it.
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format docs stress bench dist clean
 
 help:
 	@echo "make demo [PORT=8080] [HOST=...] [DATA=...] [DSN=...]  serve the demo on a PostgreSQL of its own"
-	@echo "make test [ARGS=...]             run the tests (ZPGPOOL_TEST_DSN=...: against that server)"
+	@echo "make test [ARGS=...] [WORKERS=4] run the tests but the slow ones (ZPGPOOL_TEST_DSN=...: against that server)"
+	@echo "make test-all [ARGS=...] [WORKERS=4]  run all tests, and measure their coverage"
 	@echo "make lint | format               check | rewrite the code's form, check its types"
 	@echo "make docs                        build the documentation into docs/_build/html"
 	@echo "make stress [SECONDS=20] [SEED=1]  run the pools against a server that is shot at"
@@ -25,8 +34,11 @@ demo: .venv/demo.stamp
 	@exec $(BIN)/zpgpool demo --host $(HOST) --port $(PORT) $(if $(DATA),--data "$(DATA)") $(if $(DSN),--dsn "$(DSN)")
 
 test: .venv/test.stamp
+	$(BIN)/python -m $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/test-all.stamp
 	@rm -f .coverage .coverage.*
-	$(COVERAGE) run -m pytest $(ARGS)
+	$(COVERAGE) run -m $(PYTEST) $(ARGS)
 	@$(COVERAGE) combine --quiet
 	@$(COVERAGE) report
 	@$(if $(ARGS),:,$(COVERAGE) report --fail-under=100 --include='$(CORE)' >/dev/null || \
@@ -40,7 +52,7 @@ lint: .venv/lint.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: .venv/lint.stamp
+format: .venv/format.stamp
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -48,7 +60,7 @@ docs: .venv/docs.stamp
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo "Read docs/_build/html/index.html"
 
-stress: .venv/test.stamp
+stress: .venv/stress.stamp
 	$(BIN)/python tests/stress.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: .venv/bench.stamp

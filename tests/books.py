@@ -173,4 +173,4 @@ def check_books(outside: Outside, stored: list[str], objects: Callable[[], list[
     assert objects() == stored
     eventually(lambda: {outside.state(pid) for pid in outside.backends()} <= {"idle"})
     assert 1 <= len(outside.backends()) <= maxconn
-    assert outside.query("SELECT count(*) FROM pg_prepared_xacts")[0][0] == 0
+    assert outside.query("SELECT count(*) FROM pg_prepared_xacts WHERE database = current_database()")[0][0] == 0

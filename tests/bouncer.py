@@ -41,7 +41,7 @@ class PgBouncer:
     def __init__(self, folder: Path, server: EmbeddedServer, mode: str, query_wait_timeout: int = 30) -> None:
         program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
-            missing("PgBouncer is missing: apt-get install pgbouncer")
+            missing("PgBouncer", "apt-get install pgbouncer")
         self._program = program
         self.port = free_port()
         self.ini = folder / "pgbouncer.ini"

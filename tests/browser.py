@@ -34,7 +34,7 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if program is None:
-            missing("Chromium is missing: apt-get install chromium")
+            missing("Chromium", "apt-get install chromium")
         our_end, its_out = os.pipe()
         its_in, self._write = os.pipe()
         self._read = os.fdopen(our_end, "rb", buffering=0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import closing
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
@@ -24,6 +29,9 @@ import zpgpool
 from zpgpool.demo.server import EmbeddedServer
 
 
+# What these assert is told as in the tests themselves.
+pytest.register_assert_rewrite("books", "bouncer", "browser", "pair", "proxy", "serving")
+
 ROOT = Path(__file__).parent.parent
 
 KINDS = {
@@ -36,9 +44,32 @@ SERVER_OPTIONS = {"fsync": "off", "max_connections": "150", "max_prepared_transa
 
 #: By this coverage measures the processes that are started, too. Not all: one that asynchronous exceptions are shot at
 #: would be hit within coverage's own code, and hang.
-_measured = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_PROCESS")}
+_measured: dict[str, str] = {}
+
+#: Between what is missing, and the line that installs it.
+MISSING = " is missing: "
 
 _numbers = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep coverage to this process, unless it only starts the workers of pytest-xdist, which run the tests."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+            _measured[name] = os.environ.pop(name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say once what this machine lacks, instead of once for each test that could not run."""
+    lacks: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        what, _, install = reason.partition(MISSING)
+        lacks[what, install] += 1
+    if lacks:
+        terminalreporter.section("this machine lacks")
+    for (what, install), count in sorted(lacks.items()):
+        terminalreporter.line(f"{what} ({count} of the tests left out): {install}")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +85,25 @@ def measured() -> Iterator[None]:
 def server_dsn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The connection string of the server that all tests share: ZPGPOOL_TEST_DSN, or an embedded one."""
     if dsn := os.environ.get("ZPGPOOL_TEST_DSN"):
-        yield dsn
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        if worker is None:
+            yield dsn
+        else:
+            with own_database(dsn, f"zpgpool_test_{worker}_{os.getpid()}") as own:
+                yield own
         return
     with EmbeddedServer(tmp_path_factory.mktemp("postgres") / "data", options=SERVER_OPTIONS) as server:
         yield server.dsn
+
+
+@contextmanager
+def own_database(dsn: str, name: str) -> Iterator[str]:
+    """Make a database for one of several workers: what one counts, or drops, is not another's."""
+    with closing(psycopg2.connect(dsn)) as conn:
+        conn.autocommit = True
+        run(conn, f"CREATE DATABASE {name} TEMPLATE template0")
+        yield make_dsn(dsn, dbname=name)
+        run(conn, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +114,56 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSer
         yield server
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that `make` fills: in the first of all workers that asks for it, while the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            making = folder / f"{name}.new"
+            making.mkdir()  # fails where another worker has failed
+            make(making)
+            making.rename(folder / name)
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as users install it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    [wheel] = folder.glob("zpgpool-*.whl")
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+
+    [wheel] = made_once(tmp_path_factory, "wheel", make).glob("zpgpool-*.whl")
     return wheel
 
 
-def missing(install: str) -> NoReturn:
+def missing(what: str, install: str) -> NoReturn:
     """End a test that lacks something, with the line that installs it."""
     if os.environ.get("CI"):
-        pytest.fail(install)
-    pytest.skip(install)  # a contributor's machine may do without; CI may not
+        pytest.fail(f"{what}{MISSING}{install}")
+    pytest.skip(f"{what}{MISSING}{install}")  # a contributor's machine may do without; CI may not
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    import socket
+    """Return a port that nobody listens on, and that nobody else is given while this process lives.
 
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    It stays bound, which on Linux keeps it from everyone who asks for any port, and from every outgoing connection; a
+    server that is told to listen on it may, as servers set SO_REUSEADDR.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    port: int = sock.getsockname()[1]
+    if sys.platform == "linux":
+        sock.detach()
+    else:
+        sock.close()
+    return port
 
 
 @pytest.fixture
@@ -177,6 +247,22 @@ def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.002)
     return result
+
+
+def is_within(seconds: float, bound: float) -> bool:
+    """Whether something took less than `bound` seconds, or would have on a machine that had nothing else to do.
+
+    Only who exceeds the bound is asked how busy the machine is: on a quiet one it stands as it is.
+    """
+    return seconds < bound or seconds < bound * max(_slowness() for _ in range(5))
+
+
+def _slowness() -> float:
+    """Return how many times longer than its own time work takes now."""
+    start, began = time.monotonic(), time.thread_time()
+    while (worked := time.thread_time() - began) < 0.1:
+        pass
+    return (time.monotonic() - start) / worked
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Any:

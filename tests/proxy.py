@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from conftest import eventually
 
@@ -18,6 +19,7 @@ class Proxy:
         self._target = port
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._ever: list[socket.socket] = []
+        self._forgotten: list[tuple[socket.socket, threading.Thread]] = []
         self.accepted = 0
         #: Called with each chunk a client sends, returns what goes on: a wire tap.
         self.tap: Callable[[bytes], None] = lambda data: None
@@ -70,9 +72,17 @@ class Proxy:
                 self._drop(pair)
 
     def _drop(self, pair: tuple[socket.socket, socket.socket]) -> None:
-        self._pairs.remove(pair)
-        for sock in pair:
-            sock.close()
+        if self._take(pair):
+            for sock in pair:
+                sock.close()
+
+    def _take(self, pair: tuple[socket.socket, socket.socket]) -> bool:
+        """Whether the pair is the caller's, to close or to forget: the proxy's thread and the test's may both try."""
+        try:
+            self._pairs.remove(pair)
+        except ValueError:
+            return False
+        return True
 
     def inject(self, message: bytes) -> None:
         """Send `message` to every client, as if it came from the server."""
@@ -93,24 +103,31 @@ class Proxy:
 
     def _stop_and(self, prepare: Callable[[socket.socket], None]) -> None:
         for pair in list(self._pairs):
-            prepare(pair[0])
-            self._drop(pair)
+            if self._take(pair):
+                prepare(pair[0])
+                for sock in pair:
+                    sock.close()
 
     def forget(self) -> None:
         """Forget the flows as a firewall does: nothing is told, and who sends gets a reset."""
-        for client, upstream in self._pairs:
+        for client, upstream in [pair for pair in list(self._pairs) if self._take(pair)]:
             upstream.close()
-            threading.Thread(target=self._reset_on_send, args=(client,), daemon=True).start()
-        self._pairs.clear()
+            thread = threading.Thread(target=self._reset_on_send, args=(client,), daemon=True)
+            thread.start()
+            self._forgotten.append((client, thread))
 
     def _reset_on_send(self, client: socket.socket) -> None:
-        client.recv(1)
-        self._linger(client)
-        client.close()
+        if client.recv(1):
+            self._linger(client)
+            client.close()
 
     def close(self) -> None:
         self._is_closed = True
         self._thread.join()
+        for client, thread in self._forgotten:
+            with suppress(OSError):  # it has sent, and was reset
+                client.shutdown(socket.SHUT_RDWR)
+            thread.join()
         for sock in [*self._ever, self._listener]:
             sock.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("zpgpool.pool.monotonic", monotonic)
     conns: list[Any] = []
     for entry in pool._stock.handoff.places:
-        entry.look_at = 0.0 if rest else 1e12  # with, and without, the look at the socket
+        entry.look_at = -math.inf if rest else math.inf  # with, and without, the look at the socket
     frames, c_calls = calls(lambda: conns.append(pool.getconn()))
     assert frames <= 1
     assert c_calls <= 4

@@ -12,6 +12,8 @@ from typing import Any
 import psycopg2
 import pytest
 from hypothesis import given
+from hypothesis import HealthCheck
+from hypothesis import settings
 from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn
 
@@ -209,6 +211,7 @@ def test_the_network_to_another_machine(ssl_in_use: bool, parts: dict[str, str],
 counts = st.integers(1, 1000)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # however busy the machine is
 @given(threads=counts, processes=counts, most=counts, reserved=st.integers(0, 20))
 def test_a_size_fits_and_no_larger_one_would(threads: int, processes: int, most: int, reserved: int) -> None:
     size = size_pool(threads, processes, most, reserved)

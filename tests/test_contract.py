@@ -22,6 +22,7 @@ import zpgpool.pool
 from conftest import Call
 from conftest import eventually
 from conftest import in_thread
+from conftest import is_within
 from conftest import KINDS
 from conftest import Outside
 from conftest import run
@@ -558,7 +559,7 @@ class TestCloseall:
         assert user.is_running
         start = time.monotonic()
         pool.closeall()
-        assert time.monotonic() - start < 5
+        assert is_within(time.monotonic() - start, 5)
         with pytest.raises(psycopg2.Error):
             user.result()
         eventually(lambda: not outside.backends(), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -80,7 +81,7 @@ def test_an_entry_that_was_taken_meanwhile_is_not_claimed(pool: Any) -> None:
 def test_an_entry_that_was_used_since_it_was_seen_is_not_expired(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = pool._stock
     _, entry = parked(pool)
-    entry.since = 0.0
+    entry.since = -math.inf
     claim = stock._claim
 
     def use_then_claim(key: Any, entry: Any) -> bool:
@@ -99,7 +100,7 @@ def test_what_was_taken_since_it_was_seen_is_left_alone(
     outside.terminate()
     monkeypatch.setattr(pool._stock, "_claim", lambda key, entry: False)
     if look == "discard":
-        pool._stock.discard_parked("", rested_since=0.0)
+        pool._stock.discard_parked("", rested_since=-math.inf)
         pool._stock.discard_parked("")
     else:
         pool._stock.look_at_all()

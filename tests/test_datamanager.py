@@ -912,7 +912,8 @@ class TestTwoPhase:
         insert(2, connection("päö" * 30))
         seen: list[Any] = []
         look = Other("~")
-        look.tpc_vote = lambda txn: seen.extend(outside.query("SELECT gid FROM pg_prepared_xacts"))  # type: ignore[attr-defined]
+        sql = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+        look.tpc_vote = lambda txn: seen.extend(outside.query(sql))  # type: ignore[attr-defined]
         txn = transaction.get()
         txn.join(look)
         gtrid = txn.extension["zpgpool"]
@@ -932,7 +933,7 @@ def test_a_dropped_hold_is_closed(make_pool: MakePool, outside: Outside) -> None
     pid = hold.conn.info.backend_pid
     del hold
     gc.collect()
-    pool.tend(0.0)
+    pool.tend(time.monotonic())
     eventually(lambda: pid not in outside.backends())
     assert pool.holders() == []
 

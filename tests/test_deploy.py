@@ -164,7 +164,7 @@ def test_the_unit(tmp_path: Path) -> None:
     assert settings["KillSignal"] == "SIGINT"  # what waitress ends by in order
     program = shutil.which("systemd-analyze")
     if program is None:
-        missing("systemd-analyze is missing: apt-get install systemd")
+        missing("systemd-analyze", "apt-get install systemd")
     text = deployed("shop@.service").replace("/srv/shop/bin/pserve", sys.executable).replace("User=shop", "User=root")
     path = tmp_path / "shop@8081.service"
     path.write_text(text)
@@ -179,7 +179,7 @@ class HAProxy:
     def __init__(self, folder: Path, ports: list[int]) -> None:
         program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
-            missing("HAProxy is missing: apt-get install haproxy")
+            missing("HAProxy", "apt-get install haproxy")
         self.port = free_port()
         self.socket = folder / "admin.sock"
         text = deployed("haproxy.cfg").replace("bind 127.0.0.1:80", f"bind 127.0.0.1:{self.port}")

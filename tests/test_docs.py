@@ -41,6 +41,7 @@ import zpgpool
 from conftest import Call
 from conftest import eventually
 from conftest import free_port
+from conftest import made_once
 from conftest import missing
 from conftest import Outside
 from conftest import ROOT
@@ -344,7 +345,7 @@ def test_moving_gives_the_same_before_and_after(desk: Desk) -> None:
         module = {"psycopg2_pool": "psycopg2-pool", "dbutils": "DBUtils", "sqlalchemy": "SQLAlchemy"}
         for name, package in module.items():
             if name in block.text and not _is_there(name):
-                missing(f"pip install {package}")
+                missing(package, f"pip install {package}")
         desk.do(block)
         total = desk.names["total"]
         assert total() == 42
@@ -556,7 +557,7 @@ SCENARIOS: list[Callable[[Peer, Any], str]] = [ended, inherited, threads_end, wa
 def test_the_readme_says_what_others_do(dsn: str, outside: Any) -> None:
     for module, package in (("psycopg2_pool", "psycopg2-pool"), ("dbutils", "DBUtils"), ("sqlalchemy", "SQLAlchemy")):
         if not _is_there(module):
-            missing(f"pip install {package}")
+            missing(package, f"pip install {package}")
     rows = [["", *(make.name for make in PEERS)]]
     for scenario in SCENARIOS:
         row = [(scenario.__doc__ or "").rstrip(".")]
@@ -584,11 +585,14 @@ def test_the_readme_says_what_others_do(dsn: str, outside: Any) -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The built pages, as HTML. Every link within resolves, or Sphinx warns, and fails."""
     if not (_is_there("sphinx") and _is_there("furo") and _is_there("repoze.sphinx.autointerface")):
-        missing("pip install 'zpgpool[docs]'")
-    folder = tmp_path_factory.mktemp("html")
-    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html"]
-    result = subprocess.run([*command, str(DOCS), str(folder)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+        missing("Sphinx", "pip install 'zpgpool[docs]'")
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html"]
+        result = subprocess.run([*command, str(DOCS), str(folder)], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+
+    folder = made_once(tmp_path_factory, "html", make)
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.html")}
 
 

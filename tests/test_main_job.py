@@ -192,6 +192,7 @@ def shares(seed: int) -> list[list[str]]:
     return [jobs[number::CLIENTS] for number in range(CLIENTS)]
 
 
+@pytest.mark.slow
 def test_five_thousand_requests_lose_nothing_and_leave_nothing_in_real_time(
     app: Any, database: str, log: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import zpgpool
 from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
+from conftest import is_within
 from conftest import run
 from zpgpool.demo.server import EmbeddedServer
 
@@ -84,7 +86,7 @@ def test_a_ping_after_a_rest(pool: Any) -> None:
     pool.putconn(conn)
     [entry] = pool._parked.values()
     entry.since -= 10
-    entry.look_at = 0
+    entry.look_at = -math.inf
     assert use(pool) == 1
     assert pool.get_stats()["connections_num"] == 1
 
@@ -133,7 +135,7 @@ def test_closing_during_a_query(pool: Any) -> None:
     eventually(lambda: any(holder.status == "in a query" for holder in pool.holders()))
     start = time.monotonic()
     pool.close(0)
-    assert time.monotonic() - start < 5
+    assert is_within(time.monotonic() - start, 5)
     with pytest.raises(psycopg2.Error):
         user.result()
 
@@ -202,7 +204,7 @@ print(len(done), *errors, sep="|")
 """
 
 
-@pytest.mark.parametrize("meanwhile", ["nothing", "pause", "restart"])
+@pytest.mark.parametrize("meanwhile", [pytest.param("nothing", marks=pytest.mark.slow), "pause", "restart"])
 def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_path: Path, meanwhile: str) -> None:
     """20,000 requests: no error, nothing seen of another client; through a restart only those in flight fail."""
     for each in (tmp_path, *tmp_path.parents[:2]):

@@ -80,8 +80,9 @@ class TestListing:
 
     def test_foreign_ones_are_not_shown(self, dsn: str, outside: Outside, capsys: pytest.CaptureFixture[str]) -> None:
         prepare(outside, dsn, 1, format_id=1)
-        outside.query("CREATE DATABASE elsewhere")
-        other_dsn = psycopg2.extensions.make_dsn(dsn, dbname="elsewhere")
+        elsewhere = f"elsewhere_{os.getpid()}"
+        outside.query(f"CREATE DATABASE {elsewhere}")
+        other_dsn = psycopg2.extensions.make_dsn(dsn, dbname=elsewhere)
         other = Outside(other_dsn)
         try:
             other.query("CREATE TABLE twophase (id int)")
@@ -95,10 +96,10 @@ class TestListing:
             with pytest.raises(SystemExit):
                 main(["recover"])
         finally:
-            for (gid,) in other.query("SELECT gid FROM pg_prepared_xacts WHERE database = 'elsewhere'"):
+            for (gid,) in other.query("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"):
                 other.query(f"ROLLBACK PREPARED '{gid}'")
             other.conn.close()
-            outside.query("DROP DATABASE elsewhere")
+            outside.query(f"DROP DATABASE {elsewhere}")
 
     def test_a_live_one_is_never_touched(
         self, dsn: str, outside: Outside, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -218,15 +219,16 @@ class TestById:
 
     def test_one_that_belongs_to_another(self, dsn: str, outside: Outside) -> None:
         prepare(outside, dsn, 1)
-        outside.query("CREATE ROLE stranger LOGIN")
+        stranger = f"stranger_{os.getpid()}"
+        outside.query(f"CREATE ROLE {stranger} LOGIN")
         try:
-            conn = psycopg2.connect(psycopg2.extensions.make_dsn(dsn, user="stranger"))
+            conn = psycopg2.connect(psycopg2.extensions.make_dsn(dsn, user=stranger))
             [each] = list_in_doubt(conn)
             with pytest.raises(CommandError, match="permission denied"):
                 resolve(conn, each, commit=True)
             conn.close()
         finally:
-            outside.query("DROP ROLE stranger")
+            outside.query(f"DROP ROLE {stranger}")
 
 
 class TestBadInput:
@@ -337,18 +339,20 @@ def test_what_zodb_has_committed_is_committed(
         db.close()
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(dsn: str, outside: Outside, tmp_path: Path) -> None:
     """SIGKILL at random moments: after `recover --zodb --yes` ZODB and PostgreSQL agree every time."""
     dice = random.Random(4)
     path = tmp_path / "Data.fs"
     script = Path(__file__).parent / "two_phases.py"
+    prepared = "SELECT 1 FROM pg_prepared_xacts WHERE database = current_database()"
     in_doubt = 0
     for _ in range(20):
         process = subprocess.Popen([sys.executable, str(script), dsn, str(path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for _ in range(dice.randint(1, 15)):
             process.stdout.readline()
-        eventually(lambda: len(outside.query("SELECT 1 FROM pg_prepared_xacts")) > 0, 20)
+        eventually(lambda: len(outside.query(prepared)) > 0, 20)
         process.kill()
         process.wait()
         process.stdout.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,7 +197,7 @@ def recycled(site: Any, outside: Outside) -> str:
     transaction.abort()
     ident = in_thread(die)
     if isinstance(site, Ours):
-        site.pool.tend(0.0)
+        site.pool.tend(time.monotonic())
 
     def among_all() -> str:
         calls = [Call(look) for _ in range(together.parties)]

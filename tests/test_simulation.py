@@ -22,6 +22,7 @@ def erlang_c(servers: int, load: float) -> float:
     return last / (sum(load**number / math.factorial(number) for number in range(servers)) + last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["maxconn", "shared", "processors"])
 def test_random_requests_wait_as_long_as_theory_says(limit: str) -> None:
     servers, service, rate = 4, 0.010, 280.0

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_pools_stand_being_shot_at() -> None:
     """Real time: 16 seconds."""
     script = Path(__file__).parent / "stress.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import zpgpool
 from conftest import Call
 from conftest import eventually
+from conftest import is_within
 from conftest import Outside
 from conftest import run
 
@@ -100,7 +102,7 @@ class TestOverload:
             for _ in range(500):
                 with pool.connection():
                     for entry in pool._stock.handoff.places:
-                        entry.look_at = 0.0
+                        entry.look_at = -math.inf
             return 500
 
         timer = Call(tend)
@@ -128,7 +130,9 @@ class TestOverload:
         start = time.monotonic()
         with pytest.raises(zpgpool.PoolTimeout, match=r"within 0\.2 s"):
             Call(pool.getconn).result()
-        assert 0.2 <= time.monotonic() - start < 0.7
+        seconds = time.monotonic() - start
+        assert seconds >= 0.2
+        assert is_within(seconds, 0.7)
         pool.putconn(conn)
 
 
@@ -161,7 +165,7 @@ class TestEndedThreads:
         assert len(pool._callers) <= 2
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factory", SHARED)
 def test_2500_asynchronous_exceptions_lose_nothing(dsn: str, factory: Any, seed: int) -> None:
     """In a process of its own: what measures the coverage of this one does not stand them."""

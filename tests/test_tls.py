@@ -21,14 +21,11 @@ from test_liveness import use_twice
 from zpgpool.demo.server import EmbeddedServer
 
 
-INSTALL = "a PostgreSQL with OpenSSL is missing, the embedded one has none: apt-get install postgresql"
-
-
 def binaries_with_openssl() -> Path:
     """Return the folder of Debian's newest PostgreSQL."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
-        missing(INSTALL)
+        missing("A PostgreSQL with OpenSSL (the embedded one has none)", "apt-get install postgresql")
     return found[-1].parent
 
 

@@ -24,6 +24,9 @@ WALKS = {"docs/tutorial.rst": "zpgpool[demo", "docs/pyramid.rst": "zpgpool[pyram
 SOURCE = re.compile(r"zpgpool(\[[\w,]+\]) @ git\+https://\S+?(?='|$)")
 
 
+pytestmark = pytest.mark.slow  # they install
+
+
 class Walker(Desk):
     """Has nothing but a folder, a Python, and the address of a PostgreSQL."""
 

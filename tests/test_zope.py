@@ -243,6 +243,7 @@ def test_a_conflict_between_two_requests_is_retried(
     assert sorted(zope.books()["attempts"][before:])[:3] == [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_two_thousand_requests(zope: Instance, outside: Outside, stored: list[str]) -> None:
     expected = sorted(stored + books.load(zope.port, 2000))
     check_books(outside, expected, zope.objects, MAXCONN)
