@@ -9,7 +9,8 @@ BIN = .venv/bin
 COVERAGE = $(BIN)/coverage
 # Tests wait more than they work: more workers than processors pay. A few tests begin sooner without any.
 WORKERS ?= $(if $(ARGS),0,4)
-PYTEST = pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST = pytest --numprocesses $(WORKERS) --dist worksteal \
+	$(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
 # Where it is set, as it is in many containers, each run of the tests would compile all of them again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,8 +22,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo [PORT=8080] [HOST=...] [DATA=...] [DSN=...]  serve the demo on a PostgreSQL of its own"
-	@echo "make test [ARGS=...] [WORKERS=4] run the tests but the slow ones (ZPGPOOL_TEST_DSN=...: against that server)"
-	@echo "make test-all [ARGS=...] [WORKERS=4]  run all tests, and measure their coverage"
+	@echo "make test [ARGS=...] [WORKERS=4] [ORDER=seed]  run the tests but the slow ones"
+	@echo "make test-all [the same]         run all tests, and measure their coverage"
+	@echo "                                 (ZPGPOOL_TEST_DSN=...: against that server)"
 	@echo "make lint | format               check | rewrite the code's form, check its types"
 	@echo "make docs                        build the documentation into docs/_build/html"
 	@echo "make stress [SECONDS=20] [SEED=1]  run the pools against a server that is shot at"

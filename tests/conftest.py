@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +54,10 @@ _numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep coverage to this process, unless it only starts the workers of pytest-xdist, which run the tests."""
+    # A shell that starts the tests in the background has them ignore it, and the servers that they end by it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Coverage is kept to this process, unless it only starts the workers of pytest-xdist, which run the tests.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
             _measured[name] = os.environ.pop(name)
