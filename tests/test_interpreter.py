@@ -8,6 +8,8 @@ import sys
 import pytest
 
 
+pytestmark = pytest.mark.usefixtures("measured")
+
 IMPORT = """
 import sys
 import psycopg2, zope.component  # what the package needs first: it, too, may turn the lock on
