@@ -63,8 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
             _measured[name] = os.environ.pop(name)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say once what this machine lacks, instead of once for each test that could not run."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say once, after all else, what this machine lacks, instead of once for each test that could not run."""
+    yield
     lacks: Counter[tuple[str, str]] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
