@@ -26,6 +26,7 @@ from psycopg2.extensions import make_dsn
 from conftest import Call
 from conftest import eventually
 from conftest import free_port
+from conftest import is_within
 
 
 pytestmark = pytest.mark.usefixtures("measured")
@@ -89,8 +90,11 @@ class Demo:
 
     def end(self, how: signal.Signals = signal.SIGTERM, seconds: float = END) -> int:
         """Send a signal and return the exit status."""
+        start = time.monotonic()
         self.process.send_signal(how)
-        return self.process.wait(seconds)
+        status = self.process.wait(10 * seconds)
+        assert is_within(time.monotonic() - start, seconds)
+        return status
 
     def notes(self) -> list[str]:
         """Return the notes on the page, the newest first."""
