@@ -103,6 +103,12 @@ class Browser:
         self.send("Page.navigate", url=url)
         eventually(lambda: self.run("document.readyState == 'complete' && location.href != 'about:blank'"))
 
+    def forget(self) -> None:
+        """Leave the page, which may still ask a site that has gone, and forget what it has complained of."""
+        self.send("Page.navigate", url="about:blank")
+        eventually(lambda: self.run("document.readyState == 'complete' && location.href == 'about:blank'"))
+        self.complaints.clear()
+
     def resize(self, width: int, height: int = 900) -> None:
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500

@@ -865,7 +865,7 @@ class TestInABrowser:
 
     def test_it_goes_live_under_load(self, browser: Browser, site: Any) -> None:
         url, begin = site
-        browser.complaints.clear()
+        browser.forget()
         browser.open(url + STATUS)
         browser.run("window.isSame = true")
         assert "/slow" not in browser.run(self.TEXT)
@@ -890,7 +890,7 @@ class TestInABrowser:
 
     def test_it_rests_in_the_dark(self, browser: Browser, site: Any) -> None:
         url, _ = site
-        browser.complaints.clear()
+        browser.forget()
         browser.open(url + STATUS, dark=True)
         assert "nobody waits" in browser.run(self.TEXT)
         assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches")
@@ -902,7 +902,7 @@ class TestInABrowser:
         begin("/slow/<b>")
         begin("/slow/2")
         eventually(lambda: len(zpgpool.get_pool().holders()) == 2)
-        browser.complaints.clear()
+        browser.forget()
         browser.open(url + STATUS, width=360, dark=True, script=False)
         assert "GET /slow/2" in browser.run(self.TEXT)
         assert browser.run("document.querySelector('noscript meta')?.content") == "5"
