@@ -1,13 +1,16 @@
-"""Sphinx's configuration, and two things that it cannot know: our table of settings, and how our docstrings list."""
+"""Sphinx's configuration, and what it cannot know: our settings, our modules, and how our docstrings list."""
 
+import ast
 import re
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+import zpgpool
 from zpgpool.settings import TABLE
 
 
@@ -37,6 +40,30 @@ class SettingsTable(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class ModuleMap(SphinxDirective):
+    """`module-map`: the folders, the highest first, and what each module of them says of itself."""
+
+    FOLDERS = (("", "the doors"), ("monitor", ""), ("request", ""), ("core", ""))
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for folder, title in self.FOLDERS:
+            path = Path(zpgpool.__file__).parent / folder
+            lines += [f"``zpgpool/{folder}`` {title or _summary(path / '__init__.py')}", ""]
+            lines += ["   .. list-table::", "      :widths: 20 80", ""]
+            modules = sorted([*path.glob("[!_]*.py"), *(path.glob("[dz]*/__init__.py") if not folder else ())])
+            for module in modules:
+                name = module.parent.name if module.name == "__init__.py" else module.stem
+                lines += ["   " + line for line in _row(f"``{name}``", _summary(module))]
+            lines.append("")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _summary(module: Path) -> str:
+    """Return the first sentences of a module's docstring."""
+    return " ".join((ast.get_docstring(ast.parse(module.read_text())) or "").split("\n\n")[0].split())
+
+
 def _row(first: str, *others: str) -> list[str]:
     return [f"   * - {first}", *(f"     - {other}" for other in others)]
 
@@ -56,5 +83,6 @@ def list_arguments(app: Sphinx, what: str, name: str, thing: object, options: An
 
 def setup(app: Sphinx) -> None:
     """Add the above."""
+    app.add_directive("module-map", ModuleMap)
     app.add_directive("settings-table", SettingsTable)
     app.connect("autodoc-process-docstring", list_arguments)

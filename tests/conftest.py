@@ -52,6 +52,9 @@ MISSING = " is missing: "
 
 _numbers = itertools.count()
 
+#: The defaults of the pools' constructor: a test sets another timer there, or none, for the pools that it makes.
+DEFAULTS: dict[str, Any] = zpgpool.AbstractConnectionPool.__init__.__kwdefaults__ or {}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts the tests in the background has them ignore it, and the servers that they end by it.

@@ -207,9 +207,9 @@ class Stress:
         old.close(dice.choice([0, 1]))
         deadline = time.monotonic() + 20
         while old.get_stats()["pool_size"]:  # a connect that was under way counts for the old one
-            old._stock.handoff.forget_lost()
+            old._connections.handoff.forget_lost()
             if time.monotonic() > deadline:
-                self.problems.append(f"a closed pool keeps {old._stock.handoff.places}")
+                self.problems.append(f"a closed pool keeps {old._connections.handoff.slots}")
                 break
             time.sleep(0.001)
         self.pool = self.make_pool()
@@ -279,9 +279,9 @@ class Stress:
     def check_end(self) -> None:
         pool = self.pool
         pool.resize(0, MAXCONN)
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
         deadline = time.monotonic() + 5
-        while pool.outage is not None and time.monotonic() < deadline:
+        while pool.last_connect_error is not None and time.monotonic() < deadline:
             try:  # the last shot may have hit the server
                 with pool.connection():
                     pass

@@ -44,9 +44,9 @@ def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatc
         pool.putconn(pool.getconn())
     from time import monotonic
 
-    monkeypatch.setattr("zpgpool.pool.monotonic", monotonic)
+    monkeypatch.setattr("zpgpool.core.pools.monotonic", monotonic)
     conns: list[Any] = []
-    for entry in pool._stock.handoff.places:
+    for entry in pool._connections.handoff.slots:
         entry.look_at = -math.inf if rest else math.inf  # with, and without, the look at the socket
     frames, c_calls = calls(lambda: conns.append(pool.getconn()))
     assert frames <= 1

@@ -24,14 +24,14 @@ from conftest import Outside
 from proxy import Proxy
 from test_pgbouncer import MODES
 from zpgpool.__main__ import main
-from zpgpool.aside import NoAnswer
 from zpgpool.check import _is_local
 from zpgpool.check import _network
 from zpgpool.check import examine
 from zpgpool.check import LEVELS
 from zpgpool.check import size_pool
+from zpgpool.core.probe import NoAnswer
 from zpgpool.demo.server import EmbeddedServer
-from zpgpool.snapshot import ask_server
+from zpgpool.monitor.snapshot import ask_server
 
 
 SECRET = "hunter2"

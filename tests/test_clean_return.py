@@ -337,7 +337,7 @@ def test_a_return_that_is_interrupted_closes_the_connection(
 
     conn = pool.getconn()
     run(conn, "SELECT 1")
-    monkeypatch.setattr("zpgpool.entry.roll_back", interrupt)
+    monkeypatch.setattr("zpgpool.core.entry.roll_back", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.putconn(conn)
     monkeypatch.undo()

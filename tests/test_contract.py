@@ -18,7 +18,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from psycopg2.extras import DictCursor
 
 import zpgpool
-import zpgpool.pool
+import zpgpool.core.pools
 from conftest import Call
 from conftest import eventually
 from conftest import in_thread
@@ -631,14 +631,15 @@ class TestDecisions:
         kept: list[Any] = []
 
         def die() -> None:
-            kept.append(pool.getconn())
+            # With a key, where there are any: without one it would belong to whoever refers to it.
+            kept.append(pool.getconn("key") if isinstance(pool, zpgpool.ThreadedConnectionPool) else pool.getconn())
             run(kept[0], "INSERT INTO dead VALUES (1)")
 
         for _ in range(4):
             dead = threading.Thread(target=die, name="unlucky")
             dead.start()
             dead.join()
-            pool.tend(time.monotonic())
+            pool.run_maintenance(time.monotonic())
             conn = pool.getconn()
             assert conn is not kept[0]
             assert conn.info.transaction_status == TRANSACTION_STATUS_IDLE
@@ -660,7 +661,7 @@ class TestDecisions:
 
         for _ in range(3):
             in_thread(die)
-            pool.tend(time.monotonic())
+            pool.run_maintenance(time.monotonic())
         assert len(seen) == 3  # although the system gives the threads' numbers again
 
     @over(KEYED)
@@ -672,7 +673,7 @@ class TestDecisions:
             pool.getconn()
         conn = pool.getconn()
         pool.putconn(conn)
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
         assert "lost a connection without returning it" in caplog.text
 
     @over(SHARED)
@@ -684,7 +685,7 @@ class TestDecisions:
         conn = pool.getconn()
         with pytest.raises(zpgpool.PoolTimeout) as timeout:
             in_thread(pool.getconn)
-        pool.tend(time.monotonic() + 10)
+        pool.run_maintenance(time.monotonic() + 10)
         with pytest.raises(psycopg2.OperationalError) as refused:
             make(1, 1, dsn="host=/nowhere password=hunter2")
         with pytest.raises(ValueError, match="pasword") as unknown:
@@ -698,6 +699,6 @@ class TestDecisions:
 
 def shift_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the pools' clock, not the real one, go on by `seconds`."""
-    now = vars(zpgpool.pool)["monotonic"]
-    for module in ("base", "pool", "stock"):
-        monkeypatch.setattr(f"zpgpool.{module}.monotonic", lambda: now() + seconds)
+    now = vars(zpgpool.core.pools)["monotonic"]
+    for module in ("base", "pools", "connections", "idle", "opener"):
+        monkeypatch.setattr(f"zpgpool.core.{module}.monotonic", lambda: now() + seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import threading
@@ -14,16 +15,21 @@ import psycopg2
 import pytest
 
 import zpgpool
-import zpgpool.base
-import zpgpool.caller
+import zpgpool.core.base
+import zpgpool.core.owners
 from conftest import Call
+from conftest import DEFAULTS
 from conftest import eventually
 from conftest import in_thread
 from conftest import Outside
 from conftest import run
-from zpgpool.caller import Holder
-from zpgpool.entry import hang_up
-from zpgpool.handoff import Ticket
+from zpgpool.core.entry import hang_up
+from zpgpool.core.handoff import CLOSING
+from zpgpool.core.handoff import OPEN
+from zpgpool.core.handoff import Ticket
+from zpgpool.core.owners import current_frames
+from zpgpool.core.owners import Holder
+from zpgpool.core.workers import Gate
 
 
 MakePool = Callable[..., Any]
@@ -34,7 +40,7 @@ SHARED = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
 @pytest.fixture(params=SHARED)
 def pool(request: pytest.FixtureRequest, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A pool of two idle connections that no timer tends."""
-    monkeypatch.setattr(zpgpool.AbstractConnectionPool, "attend", lambda pool, same: None)
+    monkeypatch.setitem(DEFAULTS, "timer", None)
     return make_pool(request.param, 2, 2, idle_timeout=60)
 
 
@@ -46,7 +52,7 @@ def parked(pool: Any) -> tuple[Any, Any]:
 def test_a_pool_that_is_dropped_closes_its_connections(make_pool: MakePool, dsn: str, outside: Outside) -> None:
     pool = zpgpool.ThreadedConnectionPool(2, 2, dsn, idle_timeout=60)
     is_gone = weakref.ref(pool)
-    tidy = pool._stock.handoff._tidy
+    tidy = pool._connections.handoff._tidy
     del pool
     gc.collect()
     eventually(lambda: is_gone() is None)  # the timer may be tending it
@@ -57,39 +63,39 @@ def test_a_pool_that_is_dropped_closes_its_connections(make_pool: MakePool, dsn:
 def test_a_forked_child_forgets_everything(pool: Any, outside: Outside) -> None:
     """Here in the parent, whose sockets are released without a word to the server."""
     conn = pool.getconn()
-    zpgpool.base._forget_all()
+    zpgpool.core.base._forget_all()
     with pytest.raises(psycopg2.Error):
         run(conn, "SELECT 1")
     assert pool.holders() == []
     assert pool.get_stats()["pool_size"] == 0
     pool.close()
-    zpgpool.base._forget_all()
-    assert pool._stock.handoff.is_closed
+    zpgpool.core.base._forget_all()
+    assert pool._connections.handoff.is_closed
 
 
 def test_an_entry_that_was_taken_meanwhile_is_not_claimed(pool: Any) -> None:
-    stock = pool._stock
+    connections = pool._connections
     key, entry = parked(pool)
     del pool._parked[key]
-    assert not stock._claim(key, entry)
+    assert not connections._claim(key, entry)
     other_key, other = parked(pool)
-    assert not stock._claim(other_key, entry)  # its key has another one by now, which stays
+    assert not connections._claim(other_key, entry)  # its key has another one by now, which stays
     assert list(pool._parked.values()) == [other]
     pool._parked[key] = entry
 
 
 def test_an_entry_that_was_used_since_it_was_seen_is_not_expired(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = pool._stock
+    connections = pool._connections
     _, entry = parked(pool)
     entry.since = -math.inf
-    claim = stock._claim
+    claim = connections._claim
 
     def use_then_claim(key: Any, entry: Any) -> bool:
         entry.since = time.monotonic()
         return bool(claim(key, entry))
 
-    monkeypatch.setattr(stock, "_claim", use_then_claim)
-    stock.expire(time.monotonic())
+    monkeypatch.setattr(connections, "_claim", use_then_claim)
+    connections.expire(time.monotonic())
     assert pool.get_stats()["pool_available"] == 2
 
 
@@ -98,47 +104,50 @@ def test_what_was_taken_since_it_was_seen_is_left_alone(
     pool: Any, outside: Outside, monkeypatch: pytest.MonkeyPatch, look: str
 ) -> None:
     outside.terminate()
-    monkeypatch.setattr(pool._stock, "_claim", lambda key, entry: False)
+    monkeypatch.setattr(pool._connections, "_claim", lambda key, entry: False)
     if look == "discard":
-        pool._stock.discard_parked("", rested_since=-math.inf)
-        pool._stock.discard_parked("")
+        pool._connections.discard_parked("", rested_since=-math.inf)
+        pool._connections.discard_parked("")
     else:
-        pool._stock.look_at_all()
+        pool._connections.look_at_all()
     assert pool.get_stats()["pool_available"] == 2
 
 
 def test_what_a_dead_thread_held_was_given_back_by_another(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
     in_thread(lambda: kept.append(pool.getconn()))
-    [(caller, entry)] = pool._users()
-    assert pool._seize(caller, entry)
-    assert not pool._seize(caller, entry)
-    monkeypatch.setattr(pool, "_users", lambda: [(caller, entry)])
-    pool._bury()
-    assert not entry.is_passing
+    [(owner, entry)] = pool._users()
+    assert pool._remove_user(owner, entry)
+    assert not pool._remove_user(owner, entry)
+    monkeypatch.setattr(pool, "_users", lambda: [(owner, entry)])
+    pool._reap()
+    assert entry.state == OPEN
     assert not kept[0].closed
-    pool._stock.discard(entry, "")
+    pool._connections.discard(entry, "")
 
 
 def test_a_holder_that_has_lost_its_connection(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
     conn = pool.getconn()
-    [(caller, entry)] = pool._users()
+    [(owner, entry)] = pool._users()
     in_thread(lambda: None)
     ref = entry.ref
     del conn
     assert ref() is None
-    holder = Holder.of(caller, entry, time.monotonic())
+    holder = Holder.of(owner, entry, time.monotonic(), {})
     assert holder.status == "lost"
     hang_up([entry])
-    zpgpool.entry._cancel(entry)
+    entry.cancel_handle.send()  # to the session's number and key, which it keeps
 
 
 def test_where_a_thread_that_has_ended_is(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.PersistentConnectionPool)
-    caller = in_thread(pool.caller)
-    assert caller.line == "(its thread has ended)"
-    assert caller.request == ""
+    owner = in_thread(pool.owner)
+    with pool.connection():
+        [(_, entry)] = pool._users()
+        holder = Holder.of(owner, entry, time.monotonic(), current_frames())
+    assert holder.line == "(its thread has ended)"
+    assert holder.request == ""
 
 
 def test_a_socket_that_never_falls_silent_is_given_up(pool: Any) -> None:
@@ -148,37 +157,37 @@ def test_a_socket_that_never_falls_silent_is_given_up(pool: Any) -> None:
 
 
 def test_a_place_goes_by_those_who_have_left_the_line(pool: Any) -> None:
-    handoff = pool._stock.handoff
+    handoff = pool._connections.handoff
     gone: list[Ticket[Any]] = [Ticket(0.0), Ticket(0.0)]
     for ticket in gone:
         ticket.settle(None)
-        handoff.line.append(ticket)
+        handoff.queue.append(ticket)
     handoff.serve()
-    assert not handoff.line
+    assert not handoff.queue
     assert pool.get_stats()["pool_available"] == 2
 
 
 def test_a_server_that_is_down_is_not_tried_at_each_round(pool: Any) -> None:
     for _ in range(6):
-        pool._stock.outage.failed(psycopg2.OperationalError("down"))
-    pool._stock.discard_parked("")
-    pool.tend(time.monotonic())
+        pool._connections.backoff.failed(psycopg2.OperationalError("down"))
+    pool._connections.discard_parked("")
+    pool.run_maintenance(time.monotonic())
     assert pool.get_stats()["pool_size"] == 0
 
 
 def test_a_forked_child_forgets_what_is_half_made_or_lost(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
-    pool.is_attended = True
+    pool._timer = None
     pool.getconn()  # and lost at once
-    entries = [pool._stock.handoff.room(), *pool._strays]  # and a connect under way
+    entries = [pool._connections.handoff.reserve(), *pool._lost]  # and a connect under way
     pool._forget()
     assert pool.get_stats()["pool_size"] == 0
-    assert [entry.is_filled for entry in entries] == [False, True]
+    assert [entry.is_attached for entry in entries] == [False, True]
 
 
 def test_a_line_that_everybody_has_left(pool: Any) -> None:
     _, entry = parked(pool)
-    assert not pool._stock.handoff._offer(entry)
+    assert not pool._connections.handoff._offer(entry)
 
 
 def test_a_block_with_a_key_of_its_own(make_pool: MakePool) -> None:
@@ -186,20 +195,32 @@ def test_a_block_with_a_key_of_its_own(make_pool: MakePool) -> None:
     with pool.connection("key") as conn, pool.connection() as other:
         assert pool.getconn("key") is conn is not other
         [_, second] = pool._users()
-        assert pool._seize(*second)
-        pool._stock.discard(second[1], "")
+        assert pool._remove_user(*second)
+        pool._connections.discard(second[1], "")
     assert pool.holders() == []
 
 
-def test_who_may_not_wait_does_not_wait_for_a_connect_that_hangs(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zpgpool.stock.PING", 0.0)
-    monkeypatch.setattr("zpgpool.stock.SETTLING", 0.01)
+def test_a_connect_that_hangs_holds_up_the_next_one_for_a_second_only(pool: Any) -> None:
+    """Real time."""
     pool.drain()
-    connecting = pool._stock.handoff.room()
-    pool._stock.outage.doubt()
+    connecting = pool._connections.handoff.reserve(pool._connections.backoff.may_connect)
+    pool._connections.backoff.doubt()
+    start = time.monotonic()
+    pool.putconn(pool.getconn())  # although its timeout is 0: there is room for a connect of its own
+    assert 0.5 < time.monotonic() - start < 5
+    pool._connections.handoff.free(connecting)
+
+
+def test_who_may_not_wait_does_not_wait_for_another_ones_connect(pool: Any) -> None:
+    pool.resize(0, 1)
+    pool.drain()
+    handoff = pool._connections.handoff
+    connecting = handoff.reserve()
+    handoff.queue.append(Ticket(0.0))  # whom it is for
     with pytest.raises(zpgpool.PoolTimeout, match="exhausted"):
         pool.getconn()
-    pool._stock.handoff.vacate(connecting)
+    handoff.queue.clear()
+    handoff.free(connecting)
 
 
 def test_the_collector_stays_as_it_was(pool: Any) -> None:
@@ -220,7 +241,7 @@ def test_only_what_was_seen_is_removed(make_pool: MakePool) -> None:
     [(_, first), (_, second)] = pool._users()
     assert not pool._remove("a", second)
     assert pool._remove("a", first)
-    pool._stock.discard(first, "")
+    pool._connections.discard(first, "")
 
 
 def test_an_entry_that_is_lost_during_a_query_does_not_wait_for_its_end(make_pool: MakePool) -> None:
@@ -236,20 +257,20 @@ def test_an_entry_that_is_lost_during_a_query_does_not_wait_for_its_end(make_poo
 
 def test_who_holds_an_error_does_not_hold_a_place_that_was_lost(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
-    stock = pool._stock
-    lost = stock.handoff.room()  # a connect that an exception is about to break off
-    stock.outage.failed(psycopg2.OperationalError("down"))
+    connections = pool._connections
+    lost = connections.handoff.reserve()  # a connect that an exception is about to break off
+    connections.backoff.failed(psycopg2.OperationalError("down"))
     with pytest.raises(psycopg2.OperationalError, match="down") as caught:
         pool.getconn()
     del lost
-    stock.handoff.forget_lost()
-    assert len(stock.handoff) == 0
+    connections.handoff.forget_lost()
+    assert len(connections.handoff) == 0
     assert caught.value.__traceback__ is not None
 
 
 def test_a_closed_pool_says_so_also_when_the_server_is_down(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
-    pool._stock.outage.failed(psycopg2.OperationalError("down"))
+    pool._connections.backoff.failed(psycopg2.OperationalError("down"))
     pool.close()
     with pytest.raises(zpgpool.PoolClosed):
         pool.getconn()
@@ -261,7 +282,7 @@ class TestAKeyThatIsNew:
     def test_the_second_gets_the_first_ones_connection(self, make_pool: MakePool, dsn: str) -> None:
         go = threading.Event()
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, configure=lambda conn: go.wait(10))
-        pool.is_attended = True  # no timer: the first thread ends, and what it holds with it
+        pool._timer = None  # no timer: the first thread ends, and what it holds with it
         first = Call(pool.getconn, "key")
         eventually(lambda: "key" in pool._comers)
         second = Call(pool.getconn, "key")
@@ -273,9 +294,9 @@ class TestAKeyThatIsNew:
     def test_who_was_stopped_half_way_is_not_waited_for_for_ever(
         self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("zpgpool.pool.PING", 0.01)
+        monkeypatch.setattr("zpgpool.core.pools.PING", 0.01)
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
-        pool._comers["key"] = threading.Event()  # its thread got an exception before it could tell
+        pool._comers["key"] = Gate()  # its thread got an exception before it could tell
         conn = pool.getconn("key")
         assert pool.getconn("key") is conn
 
@@ -285,7 +306,7 @@ class TestAKeyThatIsNew:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
         pool.getconn("key").close()
         monkeypatch.setattr(pool, "_remove", lambda key, entry: False)
-        assert pool._conn_of("key", pool._here.caller) is None
+        assert pool._conn_of("key", pool._local.owner) is None
         monkeypatch.undo()
         pool.putconn(key="key")
 
@@ -297,8 +318,8 @@ class TestAKeyThatIsNew:
         def obtain_too_late(*args: Any) -> Any:
             entry = obtain(*args)
             if not winner:
-                winner.append(obtain(None))
-                winner[0].caller = pool._here.caller
+                winner.append(obtain(None, 5.0))
+                winner[0].owner = pool._local.owner
                 pool._used["key"] = winner[0]
             return entry
 
@@ -312,7 +333,7 @@ class TestResizeUnderALine:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 3, timeout=20, idle_timeout=60)
         held = [pool.getconn() for _ in range(3)]
         waiting = Call(pool.getconn)
-        eventually(lambda: pool._line)
+        eventually(lambda: pool._queue)
         pool.resize(0, 1)
         pool.putconn(held.pop())
         pool.putconn(held.pop())
@@ -325,69 +346,70 @@ class TestResizeUnderALine:
     def test_who_was_stopped_before_it_closed_one_is_mended(self, make_pool: MakePool) -> None:
         """Real time: a waiter looks for itself once a second."""
         pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 2, timeout=20, idle_timeout=60)
-        pool.settings.maxconn = pool._stock.handoff.limit = 1  # and then an exception
+        pool._apply(dataclasses.replace(pool.settings, minconn=0, maxconn=1))  # and then an exception
         conn = pool.getconn()
         assert pool.get_stats()["pool_size"] == 1
         pool.putconn(conn)
 
     def test_none_is_closed_twice(self, pool: Any) -> None:
-        pool._stock.settings.maxconn = 1
+        pool._apply(dataclasses.replace(pool.settings, minconn=0, maxconn=1))
         _, entry = parked(pool)
-        entry.is_passing = True  # another thread closes it just now
-        pool._stock.trim()
+        entry.state = CLOSING  # another thread closes it just now
+        pool._connections.trim()
         assert pool.get_stats()["pool_available"] == 2
-        entry.is_passing = False
-        pool._stock.settings.maxconn = 2
+        entry.state = OPEN
 
     def test_nothing_rests_any_more(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pool._stock, "_claim", lambda key, entry: False)
-        pool._stock.settings.maxconn = 1
-        pool._stock.trim()
+        monkeypatch.setattr(pool._connections, "_claim", lambda key, entry: False)
+        pool._apply(dataclasses.replace(pool.settings, minconn=0, maxconn=1))
+        pool._connections.trim()
         assert pool.get_stats()["pool_available"] == 2
-        pool._stock.settings.maxconn = 2
 
 
 def test_a_connect_that_hangs_does_not_stop_the_timer(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60, configure=lambda conn: go.wait(10))
-    pool.is_attended = True
-    pool.settings.minconn = 2
-    assert pool.tend(time.monotonic()) is not None
-    assert pool.tend(time.monotonic()) is not None  # and starts no second thread
-    assert pool._refilling.is_alive()
+    pool._timer = None
+    pool._apply(dataclasses.replace(pool.settings, minconn=2))
+    assert pool.run_maintenance(time.monotonic()) is not None
+    assert pool.run_maintenance(time.monotonic() + 1) is not None  # and starts no second connect before that is done
+    assert pool.get_stats()["pool_size"] == 1
     go.set()
+    eventually(lambda: pool.get_stats()["pool_available"] == 1)
+    pool.run_maintenance(time.monotonic() + 3)
     eventually(lambda: pool.get_stats()["pool_available"] == 2)
 
 
 def test_idle_timeout_is_exact_behind_a_younger_one(pool: Any) -> None:
+    pool._apply(dataclasses.replace(pool.settings, minconn=0))
     (old_key, old), (_, young) = list(pool._parked.items())
     now = time.monotonic()
     old.since, young.since = now - 50, now - 10
-    assert pool._stock._claim(old_key, old)  # looked at, for a NOTIFY
-    pool._stock._unclaim(old_key, old)
+    assert pool._connections._claim(old_key, old)  # looked at, for a NOTIFY
+    pool._connections._unclaim(old_key, old)
     assert list(pool._parked.values()) == [young, old]
-    assert min(pool._stock.due_times(now)) == pytest.approx(old.since + 60)
-    pool._stock.expire(now + 11)
+    assert min(pool._connections.due_times(now)) == pytest.approx(old.since + 60)
+    pool._connections.expire(now + 11)  # for which there is no room to open another one first
     assert list(pool._parked.values()) == [young]
-    assert not pool._stock._is_unordered
-    assert min(pool._stock.due_times(now + 11)) == pytest.approx(young.since + 60)
+    assert not pool._connections._is_unordered
+    assert min(pool._connections.due_times(now + 11)) == pytest.approx(young.since + 60)
 
 
 def test_two_that_stay_unordered_are_asked_again(pool: Any) -> None:
     (old_key, old), (_, young) = list(pool._parked.items())
     now = time.monotonic()
     old.since, young.since = now - 50, now - 10
-    assert pool._stock._claim(old_key, old)
-    pool._stock._unclaim(old_key, old)
-    pool._stock.expire(now)
-    assert pool._stock._is_unordered
+    assert pool._connections._claim(old_key, old)
+    pool._connections._unclaim(old_key, old)
+    pool._connections.expire(now)
+    assert pool._connections._is_unordered
 
 
 def test_closing_notices_what_is_lost_meanwhile(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
     kept = [pool.getconn()]
     closing = Call(pool.close, 60)
-    eventually(lambda: pool._stock.handoff.is_closed)
+    eventually(lambda: pool._connections.handoff.is_closed)
     kept.clear()
     closing.result(10)
     assert pool.get_stats()["pool_size"] == 0
@@ -401,7 +423,7 @@ def test_a_configure_that_fails_leaves_no_session(make_pool: MakePool, outside: 
     for _ in range(5):
         with pytest.raises(RuntimeError):
             pool.getconn()
-        assert not outside.backends()
+        eventually(lambda: not outside.backends())
 
 
 def test_a_connection_that_cannot_be_watched(make_pool: MakePool, outside: Outside, monkeypatch: Any) -> None:
@@ -423,42 +445,42 @@ def test_the_ends_of_lifetimes_gone_by_are_forgotten(make_pool: MakePool) -> Non
     pool = make_pool(zpgpool.ThreadedConnectionPool, max_lifetime=3600)
     for _ in range(50):
         pool.putconn(pool.getconn(), close=True)
-    assert len(pool._stock._ends) < 20
+    assert len(pool._connections._ends) < 20
 
 
 def test_a_forked_child_has_a_lock_of_its_own_for_frames(pool: Any) -> None:
     """Another thread of the parent may have been in `holders()`: here in the parent, for what the child does."""
-    lock = zpgpool.caller._frames_lock
+    lock = zpgpool.core.owners._frames_lock
     with lock:
-        zpgpool.caller._is_collector_off = True
+        zpgpool.core.owners._is_collector_off = True
         gc.disable()
-        zpgpool.caller._renew_frames_lock()
+        zpgpool.core.owners._renew_frames_lock()
         assert gc.isenabled()
-        assert zpgpool.caller._frames_lock is not lock
+        assert zpgpool.core.owners._frames_lock is not lock
         conn = pool.getconn()
         assert len(pool.holders()) == 1
         pool.putconn(conn)
-    zpgpool.caller._renew_frames_lock()
+    zpgpool.core.owners._renew_frames_lock()
     assert gc.isenabled()
 
 
 class TestAKeyOfSeveralThreads:
     def test_it_is_theirs_as_long_as_one_of_them_lives(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
-        pool.is_attended = True
+        pool._timer = None
         conn = pool.getconn("key")
         assert in_thread(pool.getconn, "key") is conn
-        pool.tend(time.monotonic())  # the other thread has ended
+        pool.run_maintenance(time.monotonic())  # the other thread has ended
         assert run(conn, "SELECT 1") == 1
         assert pool.getconn("key") is conn
         pool.putconn(key="key")
 
     def test_its_first_thread_may_end_before(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
-        pool.is_attended = True
+        pool._timer = None
         conns = [in_thread(pool.getconn, "key")]
         conns.append(pool.getconn("key"))
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
         assert run(conns[1], "SELECT 1") == 1
         assert [holder.thread for holder in pool.holders()] == ["MainThread"]
         pool.putconn(key="key")
@@ -476,25 +498,48 @@ def test_a_simple_pool_that_was_resized_closes_what_comes_back(make_pool: MakePo
 @pytest.mark.parametrize("factory", SHARED)
 def test_a_hold_whose_connection_was_ended_by_others(make_pool: MakePool, factory: Any) -> None:
     pool = make_pool(factory, idle_timeout=60)
-    hold = pool.hold()
-    [(caller, entry)] = pool._users()
-    assert pool._seize(caller, entry)
-    pool._stock.discard(entry, "")
+    hold = pool.checkout()
+    [(owner, entry)] = pool._users()
+    assert pool._remove_user(owner, entry)
+    pool._connections.discard(entry, "")
     hold.putconn()
     assert pool.get_stats()["pool_size"] == 0
 
 
-def test_a_refill_that_is_overtaken_by_close_is_silent(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pool = make_pool(zpgpool.ThreadedConnectionPool, open=False)
+def test_a_refill_that_is_overtaken_by_close_is_silent(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pools: list[Any] = []
 
-    def fail() -> None:
+    def fail(conn: Any) -> None:
+        if len(pools) == 2:
+            pools[0].close()
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(pool._stock, "refill", fail)
-    pool._refill()
-    assert caplog.text.count("cannot connect: not today") == 1
-    pool.close()
-    pool._refill()
-    assert caplog.text.count("cannot connect") == 1
+    for expected in (1, 1):
+        pools.append(make_pool(zpgpool.ThreadedConnectionPool, 1, 2, open=False, configure=fail))
+        with pytest.raises(RuntimeError):
+            pools[0]._connections.refill()
+        assert caplog.text.count("cannot connect: not today") == expected
+
+
+def test_idle_connections_leave_no_time_below_minconn(make_pool: MakePool, outside: Outside) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 4, idle_timeout=60, timer=None)
+    before = outside.backends()
+    sizes = []
+    now = time.monotonic() + 61
+
+    def is_replaced() -> bool:
+        nonlocal now
+        now += 0.5
+        pool.run_maintenance(now)
+        sizes.append(len(outside.backends()))
+        return not outside.backends() & before
+
+    eventually(is_replaced)
+    assert min(sizes) >= 2
+
+
+def test_idle_connections_are_replaced_at_once_where_there_is_no_room(make_pool: MakePool, outside: Outside) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 2, idle_timeout=60, timer=None)
+    before = outside.backends()
+    pool.run_maintenance(time.monotonic() + 61)
+    eventually(lambda: pool.run_maintenance(time.monotonic() + 1) and len(outside.backends() - before) == 2)

@@ -32,8 +32,9 @@ from conftest import in_thread
 from conftest import Outside
 from conftest import run
 from zpgpool.datamanager import connection
-from zpgpool.datamanager import DataManager
-from zpgpool.datamanager import transient_cursor
+from zpgpool.onephase import DataManager
+from zpgpool.transient import transient_cursor
+from zpgpool.twophase import TwoPhaseDataManager
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
 
@@ -553,8 +554,8 @@ class TestJoining:
         assert table.rows == [1]
 
     def test_what_sorts_where(self, make_pool: MakePool) -> None:
-        keys = [DataManager(make_pool(open=False, twophase=twophase), None).sortKey() for twophase in (False, True)]
-        one, two = keys
+        pool = make_pool(open=False)
+        one, two = DataManager(pool, None).sortKey(), TwoPhaseDataManager(pool, None).sortKey()
         for storage in ("/var/Data.fs:1", "zodb:2", "MappingStorage:3", "ZZ"):
             assert storage < two < one
 
@@ -565,7 +566,7 @@ class TestJoining:
 
         def is_closed() -> bool:
             gc.collect()
-            pool.tend(time.monotonic())
+            pool.run_maintenance(time.monotonic())
             return bool(pool.get_stats()["pool_size"] == 0)
 
         eventually(is_closed)
@@ -734,7 +735,7 @@ class TestInRequests:
         with pytest.raises(zpgpool.PoolError):
             pool.putconn(conn)
         with pytest.raises(zpgpool.PoolError):
-            pool.hold(conn)
+            pool.checkout(conn)
         transaction.commit()
         assert table.rows == [1]
         assert is_at_rest(pool)
@@ -876,7 +877,7 @@ class TestTwoPhase:
         def fail() -> Any:
             raise psycopg2.OperationalError("the server is down")
 
-        monkeypatch.setattr(pool, "connect_aside", fail)
+        monkeypatch.setattr(pool, "open_connection", fail)
         transaction.get().join(self.lose(outside, insert(1).info.backend_pid))
         if ends_by == "commit":
             transaction.commit()  # the others have committed: no error may come out
@@ -927,13 +928,13 @@ class TestTwoPhase:
 
 def test_a_dropped_hold_is_closed(make_pool: MakePool, outside: Outside) -> None:
     pool = make_pool(zpgpool.PersistentConnectionPool, idle_timeout=60)
-    hold = pool.hold()
+    hold = pool.checkout()
     with pytest.raises(zpgpool.PoolError):
-        pool.hold(psycopg2.extensions.connection.__new__(psycopg2.extensions.connection))
+        pool.checkout(psycopg2.extensions.connection.__new__(psycopg2.extensions.connection))
     pid = hold.conn.info.backend_pid
     del hold
     gc.collect()
-    pool.tend(time.monotonic())
+    pool.run_maintenance(time.monotonic())
     eventually(lambda: pid not in outside.backends())
     assert pool.holders() == []
 
@@ -941,12 +942,12 @@ def test_a_dropped_hold_is_closed(make_pool: MakePool, outside: Outside) -> None
 @pytest.mark.parametrize("factory", SHARED)
 def test_a_hold(factory: Any, make_pool: MakePool) -> None:
     pool = make_pool(factory, 0, 2, idle_timeout=60)
-    assert verifyObject(zpgpool.interfaces.IHold, pool.hold())
+    assert verifyObject(zpgpool.interfaces.ICheckout, pool.checkout())
     mine = pool.getconn()
-    hold = pool.hold(mine)
+    hold = pool.checkout(mine)
     assert hold.conn is mine
     with pytest.raises(zpgpool.PoolError):
-        pool.hold(psycopg2.connect((pool._parked and mine.dsn) or mine.dsn))
+        pool.checkout(psycopg2.connect((pool._parked and mine.dsn) or mine.dsn))
     in_thread(hold.putconn)
     hold.putconn()
     assert is_at_rest(pool)
@@ -957,7 +958,7 @@ def test_a_hold(factory: Any, make_pool: MakePool) -> None:
 def test_a_hold_on_a_keys_connection_takes_it_from_the_key(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60)
     conn = pool.getconn("key")
-    hold = pool.hold(conn)
+    hold = pool.checkout(conn)
     assert pool.getconn("key") is not conn
     pool.putconn(key="key")
     hold.putconn()
@@ -966,7 +967,7 @@ def test_a_hold_on_a_keys_connection_takes_it_from_the_key(make_pool: MakePool) 
 
 def test_a_hold_that_is_dropped_frees_its_place(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, idle_timeout=60)
-    pool.hold(pool.getconn("key"))
+    pool.checkout(pool.getconn("key"))
     gc.collect()
     with pool.connection() as conn:
         assert run(conn, "SELECT 1") == 1

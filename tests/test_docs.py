@@ -45,15 +45,15 @@ from conftest import made_once
 from conftest import missing
 from conftest import Outside
 from conftest import ROOT
-from zpgpool import base
-from zpgpool import history
 from zpgpool import interfaces
 from zpgpool import metrics
 from zpgpool import paste
 from zpgpool import pyramid
 from zpgpool.__main__ import main
+from zpgpool.core import base
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.interfaces import IConnectionPool
+from zpgpool.monitor import history
 from zpgpool.settings import TABLE
 
 

@@ -108,7 +108,7 @@ def test_failovers_under_load(pair: Pair, caplog: pytest.LogCaptureFixture, fail
                 first_successes.append(first - visible)
                 outages.append((began, max(first, visible) + 1.0))
                 time.sleep(1.0)  # real time
-                ports = {entry.conn.info.port for entry in pool._stock.handoff.places if hasattr(entry, "conn")}
+                ports = {entry.conn.info.port for entry in pool._connections.handoff.slots if hasattr(entry, "conn")}
                 assert ports <= {pair.primary.port}
                 pair.attach()
         finally:
@@ -160,7 +160,7 @@ def test_a_server_that_refuses_writes_is_left_at_once(tmp_path: Path, caplog: py
         assert "takes no writes any more" in caplog.text
         for number in (3, 4, 5):
             store(number)
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
         eventually(lambda: pool.get_stats()["pool_available"] >= 3)
         assert {entry.conn.info.port for entry in pool._parked.values()} == {servers[1].port}
     finally:

@@ -17,11 +17,11 @@ from conftest import eventually
 from conftest import free_port
 from conftest import is_within
 from conftest import Outside
-from zpgpool import base
 from zpgpool.check import size_pool
+from zpgpool.core.backoff import ConnectBackoff
+from zpgpool.core.backoff import LONGEST_PAUSE
+from zpgpool.core.idle import SPREAD
 from zpgpool.demo.server import EmbeddedServer
-from zpgpool.outage import LONGEST_PAUSE
-from zpgpool.outage import Outage
 
 
 PROCESSES = 50
@@ -155,21 +155,23 @@ def test_old_and_new_processes_overlap(server: EmbeddedServer, outside: Outside)
 def test_refills_after_an_outage_are_spread(server: EmbeddedServer, make_pool: Callable[..., Any]) -> None:
     pools = [make_pool(zpgpool.ThreadedConnectionPool, 1, 2, dsn=server.dsn, open=False) for _ in range(20)]
     for pool in pools:
-        pool.is_attended = True  # by this test
+        pool._timer = None  # by this test
         pool.prune()
     server.halt()
     server.launch()
     now = time.monotonic()
     for pool in pools:
-        pool.tend(now)
-    pauses = [pool._refilling.interval for pool in pools]
-    eventually(lambda: all(pool.get_stats()["pool_available"] == 1 for pool in pools))
+        pool.run_maintenance(now)
+    pauses = [pool._connections._refill_at - now for pool in pools]
     assert len(set(pauses)) == len(pools)
-    assert 0 <= min(pauses) < base.SPREAD / 2 < max(pauses) <= base.SPREAD
+    assert 0 <= min(pauses) < SPREAD / 2 < max(pauses) <= SPREAD
+    for pool in pools:
+        pool.run_maintenance(now + SPREAD)
+    eventually(lambda: all(pool.get_stats()["pool_available"] == 1 for pool in pools))
 
 
 def test_tries_at_a_server_that_is_down_are_spread() -> None:
-    outages = [Outage(lambda: 0.0) for _ in range(20)]
+    outages = [ConnectBackoff(lambda: 0.0) for _ in range(20)]
     for outage in outages:
         for _ in range(10):
             outage.failed(psycopg2.OperationalError("down"))

@@ -1,4 +1,4 @@
-"""The hand-over, which knows no database: the tests hand over numbered places."""
+"""The hand-over, which knows no database: the tests hand over numbered slots."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 
 from conftest import Call
 from conftest import eventually
-from zpgpool.handoff import Closed
-from zpgpool.handoff import Handoff
-from zpgpool.handoff import LineFull
-from zpgpool.handoff import Place
-from zpgpool.handoff import Ticket
+from zpgpool.core.handoff import Closed
+from zpgpool.core.handoff import Handoff
+from zpgpool.core.handoff import OPEN
+from zpgpool.core.handoff import QueueFull
+from zpgpool.core.handoff import Slot
+from zpgpool.core.handoff import Ticket
 
 
-class Number(Place):
-    """A place that holds a number."""
+class Number(Slot):
+    """A slot that holds a number."""
 
     numbers = itertools.count()
     __slots__ = ("number",)
@@ -42,10 +43,10 @@ def new(limit: int = 2, **options: Any) -> Handoff[Number]:
 
 
 def filled(handoff: Handoff[Number]) -> Number:
-    place = handoff.room()
-    assert place is not None
-    handoff.filled(place)
-    return place
+    slot = handoff.reserve()
+    assert slot is not None
+    slot.state = OPEN
+    return slot
 
 
 FOREVER = 1e9
@@ -54,15 +55,17 @@ FOREVER = 1e9
 class TestWithoutWaiting:
     def test_there_is_room_for_as_many_as_the_limit(self) -> None:
         handoff = new(2)
-        places = [handoff.take(), handoff.take()]
-        assert None not in places
-        assert handoff.take() is None
+        slots = [handoff.reserve(), handoff.reserve()]
+        assert None not in slots
+        assert handoff.reserve() is None
         assert len(handoff) == 2
 
     def test_a_place_that_nobody_refers_to_any_more_is_room_again(self) -> None:
         handoff = new(1)
         for _ in range(5):
-            assert handoff.take() is not None
+            assert handoff.reserve() is not None
+            assert handoff.reserve() is None
+            handoff.forget_lost()
 
     def test_what_was_parked_last_is_taken_first(self) -> None:
         handoff = new(2)
@@ -88,10 +91,11 @@ class TestWithoutWaiting:
 
     def test_a_vacated_place_is_room(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
-        assert handoff.take() is None
-        handoff.vacate(place)
-        assert handoff.take() is not place
+        slot = filled(handoff)
+        assert handoff.reserve() is None
+        assert handoff.free(slot)
+        assert not handoff.free(slot)  # by another thread: once only
+        assert handoff.reserve() not in (None, slot)
 
     def test_may_fill_is_asked_with_the_number_being_filled(self) -> None:
         asked = []
@@ -100,109 +104,149 @@ class TestWithoutWaiting:
             asked.append(filling)
             return filling == 0
 
-        handoff = new(5, may_fill=may_fill)
-        place = handoff.take()
-        assert place is not None
-        assert handoff.take() is None
-        handoff.filled(place)
-        assert handoff.take() is not None
+        handoff = new(5)
+        slot = handoff.reserve(may_fill)
+        assert slot is not None
+        assert handoff.reserve(may_fill) is None
+        slot.state = OPEN
+        assert handoff.reserve(may_fill) is not None
         assert asked == [0, 1, 0]
 
     def test_get_returns_none_when_there_is_nothing_and_no_time(self) -> None:
         handoff = new(1)
-        place = handoff.get(until=0, clock=Clock())
-        assert place is not None
+        slot = filled(handoff)
         assert handoff.get(until=0, clock=Clock()) is None
-        assert not handoff.line
+        assert not handoff.queue
+        handoff.park("a", slot)
+        assert handoff.get(until=0, clock=Clock()) is slot
+
+    def test_beyond_a_lowered_limit_nothing_is_taken(self) -> None:
+        handoff = new(2)
+        slots = [filled(handoff), filled(handoff)]
+        handoff.park("a", slots[0])
+        handoff.limit = 1
+        assert handoff.take() is None
+        assert handoff.free(slots[1])
+        assert handoff.take() is slots[0]
+
+
+def filler(handoff: Handoff[Number]) -> None:
+    """Have room filled at once, as a server does that needs no time for a connect."""
+
+    def fill() -> None:
+        slot = handoff.reserve()
+        if slot is not None:
+            slot.state = OPEN
+            handoff.park(slot, slot)
+
+    handoff._fill = fill
 
 
 class TestWaiting:
     def wait(self, handoff: Handoff[Number], **options: Any) -> Call:
-        before = len(handoff.line)
+        before = len(handoff.queue)
         call = Call(lambda: handoff.get(FOREVER, clock=Clock(), **options))
-        eventually(lambda: len(handoff.line) > before)
+        eventually(lambda: len(handoff.queue) > before)
         return call
 
     def test_waiters_are_served_first_come_first_served(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         first, second = self.wait(handoff), self.wait(handoff)
-        handoff.park("a", place)
-        assert first.result() is place
+        handoff.park("a", slot)
+        assert first.result() is slot
         assert second.is_running
-        handoff.park("a", place)
-        assert second.result() is place
+        handoff.park("a", slot)
+        assert second.result() is slot
 
-    def test_who_comes_later_does_not_pass_the_line(self) -> None:
+    def test_who_comes_later_does_not_pass_the_queue(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         first = self.wait(handoff)
-        handoff.parked["x"] = place  # in the moment between a park and its look at the line
+        handoff.parked["x"] = slot  # in the moment between a park and its look at the queue
         second = Call(lambda: handoff.get(FOREVER, clock=Clock()))
-        assert first.result() is place
-        eventually(lambda: handoff.line)
+        assert first.result() is slot
+        eventually(lambda: handoff.queue)
         assert second.is_running
-        handoff.park("a", place)
-        assert second.result() is place
+        handoff.park("a", slot)
+        assert second.result() is slot
 
-    def test_freed_room_serves_the_line(self) -> None:
+    def test_freed_room_serves_the_queue(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         waiter = self.wait(handoff)
-        handoff.vacate(place)
-        new_place = waiter.result()
-        assert new_place is not place
-        assert not new_place.is_filled
+        filler(handoff)
+        handoff.free(slot)
+        assert waiter.result() is not slot
 
-    def test_a_finished_filling_serves_the_line(self) -> None:
-        handoff = new(2, may_fill=lambda filling: filling == 0)
-        place = handoff.take()
-        assert place is not None
-        waiter = self.wait(handoff)
-        handoff.filled(place)
-        assert not waiter.result().is_filled
+    def test_who_comes_first_is_served_whoever_had_room_filled(self) -> None:
+        fills: list[Number | None] = []
+        handoff = new(1)
+        handoff._fill = lambda: fills.append(handoff.reserve())
+        first, second = self.wait(handoff), self.wait(handoff)
+        [slot] = [slot for slot in fills if slot is not None]
+        slot.state = OPEN
+        handoff.park(slot, slot)
+        assert first.result() is slot
+        assert second.is_running
+        handoff.park(slot, slot)
+        assert second.result() is slot
+
+    def test_a_waiter_whose_time_is_up_may_stay_a_little(self) -> None:
+        handoff, asked = new(1), []
+        slot = filled(handoff)
+
+        def may_stay(ahead: int) -> bool:
+            asked.append(ahead)
+            if len(asked) == 3:
+                handoff.park("a", slot)
+            return len(asked) < 5
+
+        assert handoff.get(0, may_stay=may_stay, clock=Clock()) is slot
+        assert asked == [0, 0, 0]
+        assert handoff.get(0, may_stay=may_stay, clock=Clock()) is None
+        assert not handoff.queue
 
     def test_the_time_is_for_the_whole_wait(self) -> None:
         handoff, clock = new(1), Clock()
-        place = filled(handoff)
+        slot = filled(handoff)
         waiter = Call(lambda: handoff.get(10, clock=clock))
-        eventually(lambda: handoff.line)
+        eventually(lambda: handoff.queue)
         clock.now = 9.9
-        handoff.line[0].bell.put(None)  # a bell for nothing: it goes on waiting
+        handoff.queue[0].wakeup.put(None)  # a wake-up for nothing: it goes on waiting
         assert waiter.is_running
         clock.now = 10
-        handoff.line[0].bell.put(None)
+        handoff.queue[0].wakeup.put(None)
         assert waiter.result() is None
-        assert not handoff.line
-        handoff.park("a", place)
-        assert handoff.parked["a"] is place
+        assert not handoff.queue
+        handoff.park("a", slot)
+        assert handoff.parked["a"] is slot
 
     def test_one_more_than_max_waiting_is_refused_at_once(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         waiters = [self.wait(handoff, max_waiting=2) for _ in range(2)]
-        with pytest.raises(LineFull):
+        with pytest.raises(QueueFull):
             handoff.get(FOREVER, max_waiting=2, clock=Clock())
         for waiter in waiters:
-            handoff.park("a", place)
+            handoff.park("a", slot)
             waiter.result()
 
     def test_whom_free_room_will_serve_does_not_count_as_waiting(self) -> None:
-        handoff = new(2, may_fill=lambda filling: filling == 0)
-        first = handoff.take()
+        handoff = new(2)
+        first = handoff.reserve()  # a connect is under way, and there is room for another one
         assert first is not None
-        second, third = self.wait(handoff, max_waiting=1), self.wait(handoff, max_waiting=1)
-        with pytest.raises(LineFull):
+        waiters = [self.wait(handoff, max_waiting=1) for _ in range(3)]
+        with pytest.raises(QueueFull):
             handoff.get(FOREVER, max_waiting=1, clock=Clock())
-        handoff.filled(first)
-        place = second.result()
-        assert not place.is_filled
-        handoff.park("a", first)
-        assert third.result() is first
+        first.state = OPEN
+        for waiter in waiters:
+            handoff.park("a", first)
+            assert waiter.result() is first
 
     def test_closing_wakes_all(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         waiters = [self.wait(handoff) for _ in range(3)]
         handoff.close()
         for waiter in waiters:
@@ -210,19 +254,19 @@ class TestWaiting:
                 waiter.result()
         with pytest.raises(Closed):
             handoff.get(FOREVER)
-        assert not handoff.is_empty.is_set()
-        handoff.vacate(place)
-        assert handoff.is_empty.is_set()
+        assert not handoff.is_empty.wait(0)
+        handoff.free(slot)
+        assert handoff.is_empty.wait(0)
 
     def test_closing_an_empty_one(self) -> None:
         handoff = new(1)
         handoff.close()
-        assert handoff.is_empty.is_set()
-        assert handoff.room() is None
+        assert handoff.is_empty.wait(0)
+        assert handoff.reserve() is None
 
     def test_who_joins_while_it_closes_does_not_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         join = handoff._join
 
         def close_then_join(*args: Any) -> None:
@@ -232,11 +276,11 @@ class TestWaiting:
         monkeypatch.setattr(handoff, "_join", close_then_join)  # the moment between a look and the joining
         with pytest.raises(Closed):
             handoff.get(FOREVER, clock=Clock())
-        assert place
+        assert slot
 
     def test_fail_gives_each_an_error_of_its_own(self) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
         waiters = [self.wait(handoff) for _ in range(2)]
         handoff.fail(lambda: ZeroDivisionError("each"))
         errors = []
@@ -245,35 +289,29 @@ class TestWaiting:
                 waiter.result()
             errors.append(caught.value)
         assert errors[0] is not errors[1]
-        handoff.park("a", place)
-        assert handoff.parked["a"] is place
+        handoff.park("a", slot)
+        assert handoff.parked["a"] is slot
 
-    @pytest.mark.parametrize("is_filled", [True, False])
-    def test_what_an_interrupted_waiter_was_given_goes_on(
-        self, monkeypatch: pytest.MonkeyPatch, is_filled: bool
-    ) -> None:
+    def test_what_an_interrupted_waiter_was_given_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
 
         def interrupted_wait(ticket: Any, *args: Any) -> None:
-            if is_filled:
-                handoff.park("a", place)
-            else:
-                handoff.vacate(place)
+            handoff.park("a", slot)
             assert ticket.is_settled
             raise KeyboardInterrupt
 
         monkeypatch.setattr(handoff, "_wait", interrupted_wait)  # stands for a signal
         with pytest.raises(KeyboardInterrupt):
             handoff.get(FOREVER, clock=Clock())
-        assert not handoff.line
-        assert (handoff.take() is place) == is_filled
+        assert not handoff.queue
+        assert handoff.take() is slot
 
-    def test_an_interrupted_waiter_that_was_given_nothing_leaves_the_line(
+    def test_an_interrupted_waiter_that_was_given_nothing_leaves_the_queue(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         handoff = new(1)
-        place = filled(handoff)
+        slot = filled(handoff)
 
         def interrupted_wait(*args: Any) -> None:
             raise KeyboardInterrupt
@@ -281,32 +319,39 @@ class TestWaiting:
         monkeypatch.setattr(handoff, "_wait", interrupted_wait)  # stands for a signal
         with pytest.raises(KeyboardInterrupt):
             handoff.get(FOREVER, clock=Clock())
-        assert not handoff.line
-        assert place
+        assert not handoff.queue
+        assert slot
 
-    @pytest.mark.parametrize("is_filled", [True, False])
-    def test_what_nobody_takes_goes_home(self, is_filled: bool) -> None:
-        """The waiter gives up between the giver's look at the line and the giving."""
+    def test_what_nobody_takes_goes_home(self) -> None:
+        """The waiter gives up between the giver's look at the queue and the giving."""
         handoff = new(1)
-        place = filled(handoff) if is_filled else None
+        slot = filled(handoff)
         gone: Ticket[Number] = Ticket(0.0)
         gone.settle(None)
-        handoff.line.append(gone)
-        if place is not None:
-            handoff.park("a", place)
-            assert list(handoff.parked.values()) == [place]
-        else:
-            handoff.serve()
-            assert len(handoff) == 0
-        assert not handoff.line
+        handoff.queue.append(gone)
+        handoff.park("a", slot)
+        assert list(handoff.parked.values()) == [slot]
+        assert not handoff.queue
+
+    def test_an_error_for_one_waiter_is_for_no_other(self) -> None:
+        handoff = new(1)
+        slot = filled(handoff)
+        waiters = [self.wait(handoff) for _ in range(3)]
+        handoff.fail(lambda: ZeroDivisionError("one"), handoff.queue[1])
+        handoff.fail(lambda: ZeroDivisionError("one"), Ticket(0.0))  # which has left
+        with pytest.raises(ZeroDivisionError):
+            waiters[1].result()
+        for waiter in (waiters[0], waiters[2]):
+            handoff.park("a", slot)
+            assert waiter.result() is slot
 
     def test_a_waiter_looks_for_itself_from_time_to_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Real time: what an interrupted giver left undone is found."""
-        monkeypatch.setattr("zpgpool.handoff.LOOK_AGAIN", 0.01)
+        monkeypatch.setattr("zpgpool.core.handoff.LOOK_AGAIN", 0.01)
         tidied: list[int] = []
         handoff = new(1, tidy=lambda: tidied.append(1))
-        place = filled(handoff)
+        slot = filled(handoff)
         waiter = self.wait(handoff)
         eventually(lambda: tidied)
-        handoff.parked["x"] = place  # parked, and then interrupted before the look at the line
-        assert waiter.result(2) is place
+        handoff.parked["x"] = slot  # parked, and then interrupted before the look at the queue
+        assert waiter.result(2) is slot

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from zpgpool.handoff import Handoff
-from zpgpool.handoff import Place
+from zpgpool.core.handoff import Handoff
+from zpgpool.core.handoff import OPEN
+from zpgpool.core.handoff import Slot
 
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-# A state is (parked, line, answers, programs): how many places rest; the waiters in line, in order; what each waiter
+# A state is (parked, line, answers, programs): how many slots rest; the waiters in line, in order; what each waiter
 # was answered (None, "given", "gave up"); and for each thread where it stands and what it holds.
 State = tuple[int, tuple[int, ...], tuple[str | None, ...], tuple[tuple[str, int], ...]]
 
@@ -107,7 +108,7 @@ def explore(kinds: list[str], is_right: bool, may_give_up: bool) -> tuple[int, i
         stranded += bool(is_quiet and parked and any(answers[waiter] is None for waiter in asleep))
         if not following:
             holding = sum(held for _, held in programs)
-            assert parked + holding == kinds.count(RETURNER), "a place was lost, or doubled"
+            assert parked + holding == kinds.count(RETURNER), "a slot was lost, or doubled"
         for after in following:
             if after not in seen:
                 seen.add(after)
@@ -198,7 +199,7 @@ class Scheduler:
             thread.join()
 
 
-class Number(Place):
+class Number(Slot):
     __slots__ = ()
 
 
@@ -256,11 +257,11 @@ def instrumented(handoff: Handoff[Number], scheduler: Scheduler) -> None:
         def __exit__(self, *exc_info: object) -> None:
             pass
 
-    handoff.parked, handoff.line, handoff._lock = Dict(), Line(), NoLock()
+    handoff.parked, handoff.queue, handoff._lock = Dict(), Line(), NoLock()
     original = handoff._join
 
     def join(ticket: Any, max_waiting: int | None) -> None:
-        ticket.bell = Bell()
+        ticket.wakeup = Bell()
         original(ticket, max_waiting)
 
     handoff._join = join  # type: ignore[method-assign]  # the bell is a point where threads are switched, too
@@ -273,10 +274,10 @@ class Stranded(Exception):
 class WrongOrder(Handoff[Number]):
     """Looks at the line first, and parks then."""
 
-    def park(self, key: Any, place: Number) -> None:
-        is_waited_for = bool(self.line)
-        if self.parked.setdefault(key, place) is not place:
-            self.parked[place] = place
+    def park(self, key: Any, slot: Number) -> None:
+        is_waited_for = bool(self.queue)
+        if self.parked.setdefault(key, slot) is not slot:
+            self.parked[slot] = slot
         if is_waited_for:
             self.serve()
 
@@ -285,25 +286,28 @@ def play(make: type[Handoff[Number]], schedule: list[int], returners: int, waite
     """Run the code through `schedule`; return the choices there were, and how many waiters were stranded."""
     scheduler = Scheduler(schedule)
     handoff = make(Number, returners)
-    places = [handoff.room() for _ in range(returners)]
+    slots = [handoff.reserve() for _ in range(returners)]
+    for slot in slots:
+        assert slot is not None
+        slot.state = OPEN
     instrumented(handoff, scheduler)
     got: list[Any] = []
     stranded: list[int] = []
 
-    def give(place: Number) -> None:
-        handoff.park(place, place)
+    def give(slot: Number) -> None:
+        handoff.park(slot, slot)
 
     def wait() -> None:
         try:
-            place = handoff.get(1e9)
-            got.append(place)
+            slot = handoff.get(1e9)
+            got.append(slot)
         except Stranded:
             stranded.append(1)
             return
         if len(got) <= waiters - returners:  # somebody else waits for it
-            handoff.park(place, place)  # type: ignore[arg-type]  # never None: the time is not up
+            handoff.park(slot, slot)  # type: ignore[arg-type]  # never None: the time is not up
 
-    functions: list[Callable[[], None]] = [lambda place=place: give(place) for place in places]  # type: ignore[misc]
+    functions: list[Callable[[], None]] = [lambda slot=slot: give(slot) for slot in slots]  # type: ignore[misc]
     scheduler.run([*functions, *[wait] * waiters])
     assert not scheduler.errors, scheduler.errors
     return scheduler.choices, len(stranded)

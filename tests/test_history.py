@@ -22,15 +22,15 @@ from conftest import in_thread
 from conftest import KINDS
 from conftest import Outside
 from conftest import run
-from zpgpool import history
-from zpgpool.history import begin
-from zpgpool.history import BOUNDS
-from zpgpool.history import EVERY
-from zpgpool.history import History
-from zpgpool.history import history_of
-from zpgpool.history import SPAN
-from zpgpool.history import TALES
 from zpgpool.interfaces import IObserver
+from zpgpool.monitor import history
+from zpgpool.monitor.history import begin
+from zpgpool.monitor.history import BOUNDS
+from zpgpool.monitor.history import EVERY
+from zpgpool.monitor.history import History
+from zpgpool.monitor.history import history_of
+from zpgpool.monitor.history import INCIDENTS
+from zpgpool.monitor.history import SPAN
 
 
 MakePool = Callable[..., Any]
@@ -45,14 +45,14 @@ def forget() -> Iterator[None]:
 
 
 def kinds(pool: Any) -> list[tuple[str, int]]:
-    return [(tale.kind, tale.count) for tale in history_of(pool).tales]
+    return [(incident.kind, incident.count) for incident in history_of(pool).incidents]
 
 
 def test_nothing_is_kept_where_nobody_asked(make_pool: MakePool) -> None:
     pool = make_pool(idle_timeout=60)
     pool.getconn()
     pool.putconn()
-    assert pool._herald.observers == []
+    assert pool._notifier.observers == []
     assert pool not in history._histories
 
 
@@ -60,32 +60,31 @@ def test_a_history_observes() -> None:
     pool = zpgpool.ThreadedConnectionPool(0, 1, open=False)
     assert verifyObject(IObserver, history_of(pool))
     assert history_of(pool) is history_of(pool)
-    assert pool._herald.observers == [history_of(pool)]
+    assert pool._notifier.observers == [history_of(pool)]
 
 
 def test_a_pool_that_opens_a_connection_has_one_from_then_on(make_pool: MakePool) -> None:
     begin()
     begin()
     pool = make_pool(idle_timeout=60)
-    tended: list[list[object]] = []
-    pool.attend = lambda pool: tended.append(list(pool._herald.observers))
     pool.getconn()
     pool.putconn()
-    assert tended == [[history_of(pool)]]
+    assert pool._notifier.observers == [history_of(pool)]
+    eventually(lambda: history_of(pool).samples)  # the timer was told that there is an observer now
     assert sum(history_of(pool).times["create_time"].read()[0]) == 1
 
 
 class TestSamples:
     def test_are_taken_by_the_rounds_of_the_timer(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=600, prune_interval=30)
-        pool.is_attended = True
+        pool._timer = None
         kept = history_of(pool)
         now = time.monotonic()
-        assert pool.tend(now) == now + EVERY
+        assert pool.run_maintenance(now) == now + EVERY
         conns = [pool.getconn() for _ in range(3)]
         pool.putconn(conns.pop())
-        assert pool.tend(now + 1) == now + EVERY
-        assert pool.tend(now + EVERY) == now + 2 * EVERY
+        assert pool.run_maintenance(now + 1) == now + EVERY
+        assert pool.run_maintenance(now + EVERY) == now + 2 * EVERY
         assert [(sample.used, sample.idle, sample.waiting) for sample in kept.samples] == [(0, 0, 0), (2, 1, 0)]
         assert [sample.at for sample in kept.samples] == [now, now + EVERY]
         for conn in conns:
@@ -95,24 +94,24 @@ class TestSamples:
         pool = zpgpool.ThreadedConnectionPool(0, 1, open=False)
         kept = history_of(pool)
         for number in range(1000):
-            kept.tend(number * EVERY)
+            kept.maintain(number * EVERY)
         assert len(kept.samples) == SPAN / EVERY
         assert kept.samples[-1].at - kept.samples[0].at == SPAN - EVERY
 
     @pytest.mark.parametrize("kind", ["threaded", "persistent"])
     def test_tell_the_longest_wait(self, make_pool: MakePool, kind: str) -> None:
         pool = make_pool(KINDS[kind], 0, 1, idle_timeout=60, timeout=20)
-        pool.is_attended = True
+        pool._timer = None
         kept = history_of(pool)
         conn = pool.getconn()
         waiter = Call(lambda: pool.putconn(pool.getconn()))
         eventually(pool.waiters)
         time.sleep(0.05)
-        kept.tend(10)
+        kept.maintain(10)
         pool.putconn(conn)
         waiter.result()
-        kept.tend(20)
-        kept.tend(30)
+        kept.maintain(20)
+        kept.maintain(30)
         waits = [sample.wait for sample in kept.samples]
         assert 0.05 <= waits[0] <= waits[1]
         assert waits[2] == 0
@@ -120,7 +119,7 @@ class TestSamples:
 
     def test_do_not_keep_a_pool_alive(self) -> None:
         kept = history_of(zpgpool.ThreadedConnectionPool(0, 1, open=False))
-        due = kept.tend(10)
+        due = kept.maintain(10)
         assert list(kept.samples) == []
         assert due is not None
         assert due <= 10  # at once
@@ -186,12 +185,13 @@ class TestTales:
     def test_of_what_goes_wrong(self, make_pool: MakePool, outside: Outside) -> None:
         begin()
         pool = make_pool(idle_timeout=60, leak_after=5, timeout=0.05)
-        pool.is_attended = True
+        pool._timer = None
         for _ in range(2):
             in_thread(lambda: pool.getconn() and None)
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
+        eventually(lambda: kinds(pool) == [("thread reclaimed", 2)])
         pool.getconn()
-        pool.tend(time.monotonic() + 6)
+        pool.run_maintenance(time.monotonic() + 6)
         pool.putconn()
         outside.terminate()
         pool.getconn()
@@ -206,8 +206,8 @@ class TestTales:
             ("server gone", 1),
             ("timed out", 2),
         ]
-        assert "Held by thread MainThread" in history_of(pool).tales[-1].text
-        assert time.time() - 60 < history_of(pool).tales[0].at <= time.time()
+        assert "Held by thread MainThread" in history_of(pool).incidents[-1].text
+        assert time.time() - 60 < history_of(pool).incidents[0].at <= time.time()
 
     def test_of_a_server_that_refuses_without_a_secret(self, dsn: str) -> None:
         begin()
@@ -219,17 +219,17 @@ class TestTales:
             with pytest.raises(psycopg2.OperationalError):
                 pool.getconn()
             time.sleep(0.06)
-        [tale] = history_of(pool).tales
-        assert (tale.kind, tale.count) == ("connect failed", 2)
-        assert "FATAL" in tale.text
-        assert "hunter2" not in tale.text
-        assert there["host"] not in tale.text
+        [incident] = history_of(pool).incidents
+        assert (incident.kind, incident.count) == ("connect failed", 2)
+        assert "FATAL" in incident.text
+        assert "hunter2" not in incident.text
+        assert there["host"] not in incident.text
 
     def test_are_few(self) -> None:
         kept = History(zpgpool.ThreadedConnectionPool(0, 1, open=False))
         for number in range(200):
             kept._tell("test", str(number))
-        assert [tale.text for tale in kept.tales] == [str(number) for number in range(200 - TALES, 200)]
+        assert [incident.text for incident in kept.incidents] == [str(number) for number in range(200 - INCIDENTS, 200)]
 
     def test_other_events_are_nobodys_business(self) -> None:
         begin()
@@ -240,17 +240,17 @@ class TestTales:
 def test_a_forked_child_begins_anew(make_pool: MakePool) -> None:
     begin()
     pool = make_pool(idle_timeout=60)
-    pool.is_attended = True
+    pool._timer = None
     pool.getconn()
     pool.putconn()
     kept = history_of(pool)
-    kept.tend(10)
+    kept.maintain(10)
     kept._tell("test", "of the parent")
     reader, writer = os.pipe()
     if not (pid := os.fork()):
         result = b"no"
         try:
-            empty = not kept.samples and not kept.tales and sum(kept.times["use_time"].read()[0]) == 0
+            empty = not kept.samples and not kept.incidents and sum(kept.times["use_time"].read()[0]) == 0
             pool.getconn()
             pool.putconn()
             result = b"ok" if empty and sum(kept.times["use_time"].read()[0]) == 1 else b"no"
@@ -269,7 +269,7 @@ def test_what_a_forked_child_is_told() -> None:
     kept = history_of(pool)
     kept._tell("test", "of the parent")
     pool._forget()
-    assert not kept.tales
+    assert not kept.incidents
     assert pool._is_long
 
 
@@ -294,12 +294,12 @@ class Broken:
     def fail(self, *args: Any) -> Any:
         raise ValueError("observed too closely")
 
-    waited = used = tend = tell = forget = fail
+    waited = used = maintain = tell = forget = fail
 
 
 def test_an_observer_that_fails_costs_nobody_anything(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, idle_timeout=60, timeout=20)
-    pool.is_attended = True
+    pool._timer = None
     pool.observe(Broken())
     history = history_of(pool)
     conn = pool.getconn()
@@ -308,7 +308,7 @@ def test_an_observer_that_fails_costs_nobody_anything(make_pool: MakePool, caplo
     pool.putconn(conn)
     waiting.result()
     assert pool.get_stats()["pool_available"] == 1
-    assert pool.tend(time.monotonic()) is not None
+    assert pool.run_maintenance(time.monotonic()) is not None
     assert len(history.samples) == 1
     assert sum(history.times["use_time"].read()[0]) == 2
     assert "an observer of <ThreadedConnectionPool" in caplog.text

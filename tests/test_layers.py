@@ -1,9 +1,11 @@
-"""A floor imports from below only: each module, alone in a fresh process, leaves out what it must not know."""
+"""The order of the folders: each imports from those below it only, and of another one only what that hands out."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,57 +15,122 @@ import zpgpool
 
 SOURCE = Path(zpgpool.__file__).parent
 
-#: Floors of docs/design.rst, the lowest first; a module may import from lower floors, and from those before it.
-FLOORS = [
-    ["errors", "interfaces", "settings"],
-    [
-        "events",
-        "handoff",
-        "caller",
-        "session",
-        "entry",
-        "outage",
-        "herald",
-        "stock",
-        "watchdog",
-        "base",
-        "pool",
-        "keeper",
-        "registry",
+#: What is at the top, but imported by all: they import each other only.
+LEAVES = ["errors", "interfaces", "dsn", "settings", "types", "events"]
+
+#: The folders, and what each may import from besides itself and the leaves. Everything else at the top is a door.
+FOLDERS = {"core": [], "request": ["core"], "monitor": ["core"], "": ["core", "request", "monitor"]}
+
+#: The order within each folder: a module imports from those before it.
+ORDER = {
+    "": [
+        *LEAVES,
+        *[
+            "registry",
+            "transient",
+            "onephase",
+            "twophase",
+            "datamanager",
+            "wsgi",
+            "metrics",
+            "status",
+            "paste",
+            "zcml",
+            "pyramid",
+            "zsql",
+        ],
+        *["recover", "check", "demo", "__main__"],
     ],
-    [
-        *["aside", "lag", "history", "snapshot", "page", "metrics", "status"],
-        *["lease", "readers", "wsgi", "paste", "datamanager", "recover", "zcml", "pyramid", "zsql"],
+    "core": [
+        *["workers", "handoff", "session", "entry", "backoff", "owners", "notifier", "opener", "idle", "connections"],
+        *["timer", "watchdog", "users", "management", "base", "pools", "probe", "lag"],
     ],
-    ["demo", "check", "top", "__main__"],
+    "request": ["response", "lease", "body", "disconnects", "replica"],
+    "monitor": ["history", "snapshot", "page", "top"],
+}
+
+#: A command imports its module whole, because other commands shall not.
+OF_COMMANDS = {"monitor.top"}
+
+MODULES = [
+    *((folder, path.stem) for folder in FOLDERS for path in sorted((SOURCE / folder).glob("*.py"))),
+    *(("", path.parent.name) for path in SOURCE.glob("[dz]*/__init__.py")),
 ]
 
-ORDER = [name for floor in FLOORS for name in floor]
+
+def imports(folder: str, name: str) -> Iterator[tuple[str, str]]:
+    """Yield what a module imports of the package: (folder, module), a hint for type checkers left out."""
+    path = SOURCE / folder / f"{name}.py"
+    inner = not path.exists()  # a package of one door
+    tree = ast.parse((SOURCE / name / "__init__.py" if inner else path).read_text())
+    hints = {
+        node
+        for check in ast.walk(tree)
+        if isinstance(check, ast.If) and getattr(check.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(check)
+    }
+    depth = bool(folder) + inner
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in hints:
+            parts = (node.module or "").split(".")
+            if node.level - 1 < depth and not inner:
+                yield folder, parts[0]
+            elif node.level - 1 == depth:
+                where = parts[0] if parts[0] in FOLDERS else ""
+                yield where, ".".join(parts[1:]) if where else parts[0]
+
+
+def test_every_module_has_its_place() -> None:
+    for folder in FOLDERS:
+        there = {name for where, name in MODULES if where == folder} - {"__init__"}
+        assert there == set(ORDER[folder])
+
+
+@pytest.mark.parametrize(("folder", "name"), [each for each in MODULES if each[1] != "__init__"])
+def test_a_module_imports_from_below_only(folder: str, name: str) -> None:
+    for where, module in imports(folder, name):
+        if where == folder:
+            assert ORDER[folder].index(module) < ORDER[folder].index(name), module
+        elif where == "":
+            assert module in LEAVES, module
+        else:
+            assert where in FOLDERS[folder], where
+            assert module == "" or f"{where}.{module}" in OF_COMMANDS, "not what the folder hands out"
+    if folder == "" and name in LEAVES:
+        assert {module for _, module in imports(folder, name)} <= set(LEAVES)
+
+
+@pytest.mark.parametrize("folder", ["core", "request", "monitor"])
+def test_a_folder_hands_out_what_it_lists(folder: str) -> None:
+    module = getattr(zpgpool, folder, None) or __import__(f"zpgpool.{folder}", fromlist=["__all__"])
+    assert sorted(module.__all__) == sorted(set(module.__all__))
+    tree = ast.parse((SOURCE / folder / "__init__.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(module.__all__)
+
 
 #: What stays out of a module's process, with all that it imports.
 OUTSIDE = {
-    "errors": ["zope", "webob", "zpgpool.pool"],
+    "errors": ["zope", "webob", "zpgpool.core"],
     "interfaces": ["psycopg2", "webob", "zope.component", "threading"],
+    "dsn": ["zope", "webob"],
     "settings": ["zope", "webob"],
-    "handoff": ["psycopg2", "zope", "webob", "logging"],
-    "keeper": ["psycopg2", "zope", "webob"],
-    "pool": ["webob", "zope.component", "zpgpool.keeper", "zpgpool.wsgi", "zpgpool.registry"],
-    "registry": ["webob", "zpgpool.wsgi"],
-    "history": ["webob", "zope.component", "zpgpool.wsgi", "zpgpool.registry"],
-    "snapshot": ["webob", "zpgpool.wsgi"],
-    "metrics": ["webob", "prometheus_client", "opentelemetry", "zpgpool.status"],
+    "core": ["webob", "zope.component", "zpgpool.wsgi", "zpgpool.registry", "zpgpool.request", "zpgpool.monitor"],
+    "registry": ["webob", "zpgpool.wsgi", "zpgpool.request", "zpgpool.monitor"],
+    "monitor": ["zpgpool.wsgi", "zpgpool.request", "zpgpool.status", "prometheus_client", "opentelemetry", "rich"],
+    "metrics": ["prometheus_client", "opentelemetry", "zpgpool.status", "zpgpool.request"],
     "status": ["paste", "opentelemetry", "prometheus_client", "rich", "zpgpool.wsgi"],
-    "wsgi": ["paste", "zpgpool.demo", "zpgpool.status", "waitress"],
+    "wsgi": ["paste", "zpgpool.demo", "zpgpool.status", "zpgpool.monitor", "waitress", "transaction"],
     "datamanager": ["paste", "pyramid", "ZODB", "zope.configuration", "zpgpool.paste", "zpgpool.demo"],
     "zcml": ["webob", "pyramid", "transaction", "zope.security", "zpgpool.wsgi"],
-    "check": ["webob", "zope.component", "zpgpool.base", "rich"],
-    "top": ["rich", "waitress", "prometheus_client"],
+    "check": ["webob", "zope.component", "zpgpool.core", "rich"],
+    "monitor.top": ["rich", "waitress", "prometheus_client"],
     "pyramid": ["paste", "ZODB", "zope.configuration", "zpgpool.zcml", "zpgpool.demo"],
 }
 
 SCRIPT = """
 import sys, types
-package = types.ModuleType("zpgpool")  # without the front door, which imports the floors itself
+package = types.ModuleType("zpgpool")  # without the front door, which imports the folders itself
 package.__path__ = [{path!r}]
 sys.modules["zpgpool"] = package
 before = set(sys.modules)
@@ -82,25 +149,16 @@ def test_a_module_does_not_know_what_it_must_not(module: str) -> None:
     assert not known
 
 
-def test_every_module_has_a_floor() -> None:
-    modules = {path.stem for path in SOURCE.glob("*.py")} | {path.parent.name for path in SOURCE.glob("*/__init__.py")}
-    assert modules - {"__init__"} == set(ORDER)
-
-
-@pytest.mark.parametrize("module", [name for name in ORDER if (SOURCE / f"{name}.py").exists()])
-def test_a_module_imports_from_below_only(module: str) -> None:
-    import ast
-
-    tree = ast.parse((SOURCE / f"{module}.py").read_text())
-    is_hint = {
-        node
-        for check in ast.walk(tree)
-        if isinstance(check, ast.If) and getattr(check.test, "id", "") == "TYPE_CHECKING"
-        for node in ast.walk(check)
+def test_the_hand_over_knows_no_database() -> None:
+    tree = ast.parse((SOURCE / "core" / "handoff.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules <= {
+        "collections",
+        "collections.abc",
+        "contextlib",
+        "queue",
+        "threading",
+        "time",
+        "typing",
+        "workers",
     }
-    imported = {
-        (node.module or "").split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node not in is_hint
-    }
-    assert not [each for each in imported if ORDER.index(each) >= ORDER.index(module)]

@@ -18,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine
 from hypothesis.stateful import run_state_machine_as_test
 
 import zpgpool
+from conftest import eventually
 from conftest import run
+from zpgpool.core.handoff import OPEN
 
 
 KEYS = ["a", "b", 1, ("c", 2)]
@@ -33,7 +35,7 @@ def machine(dsn: str) -> type[RuleBasedStateMachine]:
         @initialize(minconn=st.integers(0, 2), maxconn=st.integers(2, 4), idle_timeout=st.sampled_from([0, 60, None]))
         def start(self, minconn: int, maxconn: int, idle_timeout: float | None) -> None:
             self.pool = zpgpool.ThreadedConnectionPool(minconn, maxconn, dsn, idle_timeout=idle_timeout, open=False)
-            self.pool.is_attended = True  # no timer: this test is the only user
+            self.pool._timer = None  # no timer: this test is the only user
             self.by_key: dict[Any, Any] = {}
             self.without_key: list[Any] = []
 
@@ -113,6 +115,8 @@ def machine(dsn: str) -> type[RuleBasedStateMachine]:
 
         @invariant()
         def the_count_is_right(self) -> None:
+            # What is too old is closed by another thread, and a new one opened by one.
+            eventually(lambda: all(slot.state == OPEN for slot in self.pool._connections.handoff.slots))
             stats = self.pool.get_stats()
             assert stats["pool_size"] == self.in_use + stats["pool_available"]
             assert stats["pool_size"] <= max(self.pool.maxconn, self.in_use)

@@ -310,7 +310,7 @@ def test_what_zodb_has_committed_is_committed(
 
         def tpc_vote(self, txn: object) -> None:
             outside.terminate(pid)
-            monkeypatch.setattr(pool, "connect_aside", fail)
+            monkeypatch.setattr(pool, "open_connection", fail)
 
         def sortKey(self) -> str:
             return "~"

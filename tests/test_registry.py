@@ -77,7 +77,8 @@ class TestInterfaces:
             value for value in vars(interfaces).values() if isinstance(value, InterfaceClass) and value is not Interface
         }
         elsewhere = {each for each in every if each.isOrExtends(interfaces.IPoolEvent)}
-        elsewhere |= {interfaces.IHold, interfaces.IObserver}
+        elsewhere |= {interfaces.ICheckout, interfaces.IObserver, interfaces.IHolder, interfaces.IWaiter}
+        elsewhere |= {interfaces.IMaintained, interfaces.IPoolManagement, interfaces.IPoolInternals}
         here = {IConnectionPool, IConnectionPoolFactory, *(interface for interface, _ in IMPLEMENTERS)}
         assert every == here | elsewhere
 
@@ -231,7 +232,7 @@ import zpgpool, zpgpool.wsgi, zpgpool.paste, zpgpool.interfaces, zpgpool.setting
 from zope.component import getGlobalSiteManager
 registry = getGlobalSiteManager()
 print([*registry.registeredUtilities(), *registry.registeredAdapters(), *registry.registeredHandlers()])
-print(threading.active_count(), zpgpool.keeper.is_running)
+print(threading.active_count(), zpgpool.core.timer.is_running)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     assert result.stdout.split("\n")[:2] == ["[]", "1 False"]

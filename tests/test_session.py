@@ -13,9 +13,9 @@ from psycopg2.extras import DictCursor
 from psycopg2.extras import LoggingConnection
 
 import zpgpool
-from zpgpool.entry import Entry
-from zpgpool.session import session_of
-from zpgpool.session import watched
+from zpgpool.core.entry import Entry
+from zpgpool.core.session import session_of
+from zpgpool.core.session import watched
 
 
 MakePool = Callable[..., Any]

@@ -197,7 +197,7 @@ def recycled(site: Any, outside: Outside) -> str:
     transaction.abort()
     ident = in_thread(die)
     if isinstance(site, Ours):
-        site.pool.tend(time.monotonic())
+        site.pool.run_maintenance(time.monotonic())
 
     def among_all() -> str:
         calls = [Call(look) for _ in range(together.parties)]

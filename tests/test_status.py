@@ -36,16 +36,16 @@ from conftest import is_within
 from conftest import Outside
 from conftest import run
 from serving import waitress
-from zpgpool.caller import working_on
+from zpgpool.core import tasks
 from zpgpool.demo.server import EmbeddedServer
-from zpgpool.history import history_of
 from zpgpool.metrics import instrument
-from zpgpool.page import seconds
-from zpgpool.page import verdict
+from zpgpool.monitor.history import history_of
+from zpgpool.monitor.page import seconds
+from zpgpool.monitor.page import verdict
+from zpgpool.monitor.snapshot import list_pools
+from zpgpool.monitor.snapshot import readable
+from zpgpool.monitor.snapshot import take
 from zpgpool.settings import SettingError
-from zpgpool.snapshot import list_pools
-from zpgpool.snapshot import readable
-from zpgpool.snapshot import take
 from zpgpool.status import StatusApp
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
@@ -90,6 +90,7 @@ def ask(app: Any, path: str = "/", method: str = "GET", peer: str | None = "127.
         "PATH_INFO": path,
         "SERVER_NAME": "localhost",
         "SERVER_PORT": "80",
+        "HTTP_HOST": "localhost",
         "wsgi.url_scheme": "http",
         "wsgi.input": io.BytesIO(),
         **environ,
@@ -247,19 +248,19 @@ class TestShows:
         assert ask(app, "/json").pool["is_closed"] is True
 
     def test_what_happened(self, app: StatusApp, pool: Any, outside: Outside) -> None:
-        pool.is_attended = True
+        pool._timer = None
         pool.putconn(pool.getconn() and None)
         outside.terminate()
-        pool.tend(time.monotonic())
+        pool.run_maintenance(time.monotonic())
         text = Reader(ask(app).text).text
         assert "server gone" in text
-        [tale] = ask(app, "/json").pool["tales"]
-        assert (tale["kind"], tale["count"]) == ("server gone", 1)
+        [incident] = ask(app, "/json").pool["incidents"]
+        assert (incident["kind"], incident["count"]) == ("server gone", 1)
 
     def test_ten_minutes_drawn(self, app: StatusApp, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         kept = history_of(pool)
         for number in range(120):
-            kept.tend(number * 5)
+            kept.maintain(number * 5)
         monkeypatch.setattr("zpgpool.status.monotonic", lambda: 600.0)
         pages = Reader(ask(app).text)
         charts = [attrs for tag, attrs in pages.elements if tag == "svg"]
@@ -271,7 +272,7 @@ class TestShows:
 
     def test_a_gap_in_the_samples_as_one(self, app: StatusApp, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for ago in (500, 495, 100, 95):
-            history_of(pool).tend(600 - ago)
+            history_of(pool).maintain(600 - ago)
         monkeypatch.setattr("zpgpool.status.monotonic", lambda: 600.0)
         paths = [attrs["d"] or "" for tag, attrs in Reader(ask(app).text).elements if tag == "path"]
         assert [path.count("M") for path in paths] == [3, 3, 3, 3]
@@ -328,13 +329,22 @@ def test_text_of_others_is_made_fit_to_read(text: str, shown: str) -> None:
             "bad",
             "1 of 4 connections in use; 1 request waits, for 3.0 s.",
         ),
-        ({"outage": "gone"}, "bad", "The last connect failed: gone"),
-        ({"is_closed": True, "outage": "gone"}, "bad", "The pool is closed."),
+        ({"last_connect_error": "gone"}, "bad", "The last connect failed: gone"),
+        ({"is_closed": True, "last_connect_error": "gone"}, "bad", "The pool is closed."),
         ({"lag": {"trouble": "gone"}}, "warn", "The replica is lost: gone"),
     ],
 )
 def test_a_pool_in_one_sentence(changes: dict[str, Any], mood: str, words: str) -> None:
-    pool = {"is_closed": False, "outage": "", "lag": None, "used": 1, "idle": 2, "max": 4, "waiting": 0, "waiters": []}
+    pool = {
+        "is_closed": False,
+        "last_connect_error": "",
+        "lag": None,
+        "used": 1,
+        "idle": 2,
+        "max": 4,
+        "waiting": 0,
+        "waiters": [],
+    }
     assert verdict({**pool, **changes}) == (mood, words)
 
 
@@ -371,7 +381,7 @@ class TestWithoutTheServer:
         pool.getconn()
         with socket.create_server(("127.0.0.1", 0)) as silent:
             there = {"host": "127.0.0.1", "port": silent.getsockname()[1], "dbname": "postgres", "user": "postgres"}
-            pool._connect_aside = lambda more: psycopg2.connect(**there, **more)
+            pool._open_connection = lambda more: psycopg2.connect(**there, **more)
             start = time.monotonic()
             shown = ask(StatusApp(), "/json").pool
             seconds = time.monotonic() - start
@@ -386,7 +396,7 @@ class TestWithoutTheServer:
         pool = make_pool()
         zpgpool.register_pool(pool)
         pool.getconn()
-        monkeypatch.setattr("zpgpool.snapshot.ACTIVITY", SLOW)
+        monkeypatch.setattr("zpgpool.monitor.snapshot.ACTIVITY", SLOW)
         start = time.monotonic()
         assert "statement timeout" in ask(StatusApp(), "/json").pool["server_note"]
         assert is_within(time.monotonic() - start, 2)
@@ -397,7 +407,7 @@ class TestWithoutTheServer:
     ) -> None:
         pool.getconn()
         sql = "SELECT pid, false, '', '', '', '', 0.0, null, '' FROM pg_stat_activity WHERE %s OR pid = ANY(%s)"
-        monkeypatch.setattr("zpgpool.snapshot.ACTIVITY", sql)
+        monkeypatch.setattr("zpgpool.monitor.snapshot.ACTIVITY", sql)
         assert "a pooler is in between" in ask(StatusApp(), "/json").pool["server_note"]
         pool.putconn()
 
@@ -451,6 +461,18 @@ class TestAccess:
     def test_is_for_this_machine(self, app: StatusApp, peer: str | None, status: int) -> None:
         for path in ("/", "/json", "/metrics", "/status.css", "/status.js", "/icon.svg"):
             assert ask(app, path, peer=peer).status == status
+
+    @pytest.mark.parametrize(
+        ("host", "status"),
+        [
+            *[("localhost", 200), ("LOCALHOST:8080", 200), ("127.0.0.1:8080", 200), ("[::1]", 200), ("[::1]:80", 200)],
+            *[("", 404), ("shop.example", 404), ("localhost.example:80", 404), ("10.0.0.1", 404), ("[::2]:80", 404)],
+            *[("127.0.0.1.example", 404), ("user@localhost", 404), ("localhost, x", 404), ("[", 404)],
+        ],
+    )
+    def test_and_for_its_own_names(self, app: StatusApp, host: str, status: int) -> None:
+        """A proxy that adds no header passes on the site's name; so does a browser that was told a foreign one."""
+        assert ask(app, HTTP_HOST=host).status == status
 
     @pytest.mark.parametrize("header", ["X_FORWARDED_FOR", "FORWARDED", "X_REAL_IP", "VIA", "X_FORWARDED_HOST"])
     def test_is_not_for_whom_a_proxy_on_this_machine_brings(self, app: StatusApp, header: str) -> None:
@@ -638,8 +660,8 @@ def test_no_secret_in_what_a_connect_says(dsn: str, make_pool: MakePool) -> None
         assert SECRET not in answer.text
         assert there["host"] not in answer.text
     shown = answers[1].pool
-    assert "FATAL" in shown["outage"]
-    assert shown["tales"][0]["kind"] == "connect failed"
+    assert "FATAL" in shown["last_connect_error"]
+    assert shown["incidents"][0]["kind"] == "connect failed"
     assert "The last connect failed" in answers[0].text
 
 
@@ -732,7 +754,7 @@ class TestMetrics:
         assert values["zpgpool_requests_num_total", name] == stats["requests_num"]
 
     def test_never_go_back_and_their_sums_agree(self, app: StatusApp, pool: Any) -> None:
-        pool.is_attended = True
+        pool._timer = None
         stop = time.monotonic() + 1.0
 
         def use() -> None:
@@ -743,7 +765,7 @@ class TestMetrics:
             while time.monotonic() < stop:
                 for call in [Call(use) for _ in range(8)]:  # threads that end: their counts move
                     call.result()
-                pool.tend(time.monotonic())
+                pool.run_maintenance(time.monotonic())
 
         load = Call(users)
         before: dict[tuple[str, ...], float] = {}
@@ -766,7 +788,7 @@ class TestMetrics:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=0.01)
         zpgpool.register_pool(pool)
         app = StatusApp()
-        conn = pool.getconn()
+        conn = pool.getconn(timeout=20)
         with pytest.raises(zpgpool.PoolTimeout):
             pool.getconn()
         assert self.values(app)["db_client_connection_timeouts_total", "pool_name="] == 1
@@ -918,7 +940,7 @@ class TestInABrowser:
 
 
 def test_nothing_of_requests_stays_behind() -> None:
-    assert working_on == {}
+    assert tasks == {}
 
 
 def test_pools_are_listed_by_name(make_pool: MakePool) -> None:

@@ -12,6 +12,7 @@ import pytest
 import trustme
 
 import zpgpool
+from conftest import DEFAULTS
 from conftest import free_port
 from conftest import missing
 from conftest import Outside
@@ -52,7 +53,7 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSer
 
 @pytest.fixture
 def pool(tls_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(zpgpool.AbstractConnectionPool, "attend", lambda pool, same: None)
+    monkeypatch.setitem(DEFAULTS, "timer", None)
     dsn = f"{tls_server.dsn} host=127.0.0.1 sslmode=require application_name=tls"
     with zpgpool.ThreadedConnectionPool(IDLE, IDLE, dsn, idle_timeout=600, check_idle=None) as pool:
         with pool.connection() as conn:

@@ -23,7 +23,7 @@ from conftest import eventually
 from conftest import free_port
 from serving import waitress
 from zpgpool.__main__ import main
-from zpgpool.caller import working_on
+from zpgpool.core import tasks
 from zpgpool.status import StatusApp
 
 
@@ -49,9 +49,9 @@ def url(pool: Any) -> Iterator[str]:
 @pytest.fixture
 def request_name() -> Iterator[str]:
     """What this thread works on: with markup, and what a terminal would obey."""
-    working_on[threading.get_ident()] = "GET /[bold]x[/]\x1b[2J"
+    tasks[threading.get_ident()] = "GET /[bold]x[/]\x1b[2J"
     yield "GET /[bold]x[/]\ufffd[2J"
-    del working_on[threading.get_ident()]
+    del tasks[threading.get_ident()]
 
 
 def answering(body: bytes, status: str = "200 OK", headers: tuple[tuple[str, str], ...] = ()) -> Any:
@@ -92,7 +92,7 @@ class TestOnce:
             "name": "",
             "kind": "K",
             "is_closed": False,
-            "outage": "",
+            "last_connect_error": "",
             "used": 2,
             "idle": 0,
             "max": 2,
@@ -102,7 +102,7 @@ class TestOnce:
             "server_note": "it is silent",
             "holders": [{**holder, "server": None}, {**holder, "server": server}],
             "waiters": [{"seconds": 1.0, "request": "GET /late", "thread": "T-2"}],
-            "tales": [{"at": "now", "kind": "server gone", "text": "why", "count": 3}],
+            "incidents": [{"at": "now", "kind": "server gone", "text": "why", "count": 3}],
         }
         body = json.dumps({"pools": [pool], "process": 1, "at": "now"}).encode()
         with waitress(answering(body)) as port:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import time
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from conftest import is_within
 from conftest import Outside
 from conftest import run
 from serving import waitress
+from zpgpool.core.watchdog import end_held_too_long
 from zpgpool.datamanager import connection
 from zpgpool.events import ConnectionLeaked
-from zpgpool.lease import Disconnects
-from zpgpool.watchdog import end_held_too_long
+from zpgpool.request import Disconnects
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
 
@@ -36,7 +37,7 @@ SHARED = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
 @pytest.fixture(params=SHARED)
 def pool(request: pytest.FixtureRequest, make_pool: MakePool) -> Any:
     pool = make_pool(request.param, 0, 1, idle_timeout=60, hold_limit=10, timeout=5)
-    pool.is_attended = True  # by the test
+    pool._timer = None  # by the test
     return pool
 
 
@@ -51,11 +52,11 @@ class TestHoldLimit:
         stuck = Call(sleep)
         eventually(lambda: any(holder.status == "in a query" for holder in pool.holders()))
         now = time.monotonic()
-        assert pool.tend(now) <= now + 10  # comes again in time
-        pool.tend(now + 9)
+        assert pool.run_maintenance(now) <= now + 10  # comes again in time
+        pool.run_maintenance(now + 9)
         assert stuck.is_running
         before = outside.backends()
-        pool.tend(now + 11)
+        pool.run_maintenance(now + 11)
         with pytest.raises(psycopg2.Error):
             stuck.result(5)
         assert "held for over 10 s, and ended: thread" in caplog.text
@@ -67,7 +68,7 @@ class TestHoldLimit:
         conn = pool.getconn()
         now = time.monotonic()
         for seconds in (11, 12, 13):
-            due = pool.tend(now + seconds)
+            due = pool.run_maintenance(now + seconds)
             assert due > now + seconds  # it does not come again at once
         assert caplog.text.count("and ended") == 1
         with pytest.raises(psycopg2.Error):
@@ -81,11 +82,11 @@ class TestHoldLimit:
             if isinstance(event, ConnectionLeaked):
                 raise SystemExit
 
-        pool.settings.leak_after = 5.0
+        pool._apply(dataclasses.replace(pool.settings, leak_after=5.0))
         zope.event.subscribers.append(leave)
         conn = pool.getconn()
         with pytest.raises(SystemExit):
-            pool.tend(time.monotonic() + 11)
+            pool.run_maintenance(time.monotonic() + 11)
         with pytest.raises(psycopg2.Error):
             run(conn, "SELECT 1")
         pool.putconn(conn)
@@ -93,19 +94,23 @@ class TestHoldLimit:
     def test_a_drained_one_is_ended_too(self, pool: Any, caplog: pytest.LogCaptureFixture) -> None:
         conn = pool.getconn()
         pool.drain()
-        pool.tend(time.monotonic() + 11)
+        pool.run_maintenance(time.monotonic() + 11)
         assert "and ended" in caplog.text
         pool.putconn(conn)
 
-    def test_who_returned_it_meanwhile_is_left_alone(self, pool: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def test_who_returned_it_meanwhile_is_left_alone(
+        self, pool: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         conn = pool.getconn()
-        [(caller, entry)] = pool._users()
-        doom = entry.doom
-        type(entry).doom, kept = (lambda self: setattr(self, "since", self.since + 1) or doom()), type(entry).doom  # type: ignore[func-returns-value]
-        try:
-            end_held_too_long([(caller, entry)], pool.settings, pool._herald, time.monotonic() + 11)
-        finally:
-            type(entry).doom = kept
+        [(owner, entry)] = pool._users()
+        expire_now = type(entry).expire_now
+
+        def return_meanwhile(entry: Any) -> None:
+            entry.since += 1
+            expire_now(entry)
+
+        monkeypatch.setattr(type(entry), "expire_now", return_meanwhile)
+        end_held_too_long([(owner, entry)], pool.settings, pool._notifier, time.monotonic() + 11)
         assert "and ended" not in caplog.text
         assert run(conn, "SELECT 1") == 1
         pool.putconn(conn)
@@ -113,7 +118,7 @@ class TestHoldLimit:
     def test_a_joined_transaction_fails_its_vote(self, pool: Any) -> None:
         zpgpool.register_pool(pool)
         run(connection(), "SELECT 1")
-        pool.tend(time.monotonic() + 11)
+        pool.run_maintenance(time.monotonic() + 11)
         with pytest.raises(psycopg2.Error):
             transaction.commit()
         transaction.abort()
@@ -163,7 +168,7 @@ class TestDisconnect:
         has_gone: list[bool] = []
 
         def app(environ: Any, start_response: Any) -> list[bytes]:
-            middleware._disconnects.tend(0.0)  # type: ignore[union-attr]
+            middleware._disconnects.run_maintenance(0.0)  # type: ignore[union-attr]
             has_gone.append(environ["waitress.client_disconnected"]())
             start_response("200 OK", [])
             return [str(run(get_connection(environ), "SELECT 1")).encode()]
@@ -175,7 +180,7 @@ class TestDisconnect:
         assert has_gone == [False, False]
         disconnects = middleware._disconnects
         assert isinstance(disconnects, Disconnects)
-        disconnects.tend(0.0)
+        disconnects.run_maintenance(0.0)
         assert not disconnects._leases
 
     def test_a_server_that_cannot_tell(self, make_pool: MakePool) -> None:

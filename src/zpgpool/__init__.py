@@ -1,18 +1,19 @@
-"""psycopg2 connection pools for Zope, Pyramid and plain WSGI: who used `psycopg2.pool` changes one import."""
+"""psycopg2 connection pools for Zope, Pyramid and plain WSGI: a drop-in replacement of `psycopg2.pool`."""
 
 import sys
 import warnings
+from importlib.metadata import version
 from typing import Any
 
-from .base import AbstractConnectionPool
+from .core import AbstractConnectionPool
+from .core import PersistentConnectionPool
+from .core import SimpleConnectionPool
+from .core import task
+from .core import ThreadedConnectionPool
 from .errors import PoolClosed
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
-from .keeper import keeper
-from .pool import PersistentConnectionPool
-from .pool import SimpleConnectionPool
-from .pool import ThreadedConnectionPool
 from .registry import get_pool
 from .registry import query_pool
 from .registry import register_factories
@@ -33,6 +34,7 @@ __all__ = [
     "query_pool",
     "register_factories",
     "register_pool",
+    "task",
     "unregister_pool",
 ]
 
@@ -45,8 +47,7 @@ if not getattr(sys, "_is_gil_enabled", lambda: True)():  # since Python 3.13
         stacklevel=2,
     )
 
-# The one place where the pools meet the timer: neither knows the other.
-AbstractConnectionPool.attend = keeper.watch
+__version__ = version("zpgpool")
 
 
 def includeme(config: Any) -> None:

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
             return check(args)
         case "top":
-            from .top import top
+            from .monitor.top import top
 
             top(args)
     return 0

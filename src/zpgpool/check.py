@@ -14,9 +14,9 @@ import psycopg2
 from psycopg2.extensions import make_dsn
 from psycopg2.extensions import parse_dsn
 
-from .entry import one_line
-from .settings import check_dsn
-from .settings import read_environment
+from .dsn import check_dsn
+from .dsn import read_environment
+from .errors import one_line
 from .settings import SettingError
 from .settings import TABLE
 

@@ -34,5 +34,14 @@ class TooManyRequests(PoolError):
     __module__ = "zpgpool"
 
 
+class SettingError(ValueError):
+    """An option is unknown, missing, or has a value that it cannot have."""
+
+
 class CommandError(Exception):
     """What a command of `zpgpool` cannot do, in one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line for the log."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -21,9 +21,9 @@ from .interfaces import IRequestTimedOut
 if TYPE_CHECKING:
     import psycopg2
 
-    from .base import AbstractConnectionPool
-    from .caller import Holder
     from .errors import PoolError
+    from .types import Holder
+    from .types import ObservedPool
 
 
 log = logging.getLogger("zpgpool")
@@ -32,7 +32,7 @@ log = logging.getLogger("zpgpool")
 class PoolEvent:
     """What all events have."""
 
-    def __init__(self, pool: AbstractConnectionPool) -> None:
+    def __init__(self, pool: ObservedPool) -> None:
         self.pool = pool
 
 
@@ -40,7 +40,7 @@ class PoolEvent:
 class ConnectionOpened(PoolEvent):
     """See `IConnectionOpened`."""
 
-    def __init__(self, pool: AbstractConnectionPool, backend_pid: int, seconds: float) -> None:
+    def __init__(self, pool: ObservedPool, backend_pid: int, seconds: float) -> None:
         super().__init__(pool)
         self.backend_pid = backend_pid
         self.seconds = seconds
@@ -50,7 +50,7 @@ class ConnectionOpened(PoolEvent):
 class ConnectionClosed(PoolEvent):
     """See `IConnectionClosed`."""
 
-    def __init__(self, pool: AbstractConnectionPool, backend_pid: int, reason: str) -> None:
+    def __init__(self, pool: ObservedPool, backend_pid: int, reason: str) -> None:
         super().__init__(pool)
         self.backend_pid = backend_pid
         self.reason = reason
@@ -60,7 +60,7 @@ class ConnectionClosed(PoolEvent):
 class ConnectFailed(PoolEvent):
     """See `IConnectFailed`."""
 
-    def __init__(self, pool: AbstractConnectionPool, error: psycopg2.OperationalError, seconds: float) -> None:
+    def __init__(self, pool: ObservedPool, error: psycopg2.OperationalError, seconds: float) -> None:
         super().__init__(pool)
         self.error = error
         self.seconds = seconds
@@ -70,7 +70,7 @@ class ConnectFailed(PoolEvent):
 class RequestTimedOut(PoolEvent):
     """See `IRequestTimedOut`."""
 
-    def __init__(self, pool: AbstractConnectionPool, seconds: float, error: PoolError) -> None:
+    def __init__(self, pool: ObservedPool, seconds: float, error: PoolError) -> None:
         super().__init__(pool)
         self.seconds = seconds
         self.error = error
@@ -80,7 +80,7 @@ class RequestTimedOut(PoolEvent):
 class ConnectionLeaked(PoolEvent):
     """See `IConnectionLeaked`."""
 
-    def __init__(self, pool: AbstractConnectionPool, holder: Holder) -> None:
+    def __init__(self, pool: ObservedPool, holder: Holder) -> None:
         super().__init__(pool)
         self.holder = holder
 

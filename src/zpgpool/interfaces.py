@@ -1,5 +1,9 @@
 """The contracts: what can be relied on, whoever implements it.
 
+`IConnectionPool` is for users. The middleware, the data manager, the status page and the metrics work with any
+pool that provides it. `IPoolManagement` is for administrators and pages: where a pool provides it, too, they show more.
+`IPoolInternals` is the package's own.
+
 Knows zope.interface only.
 """
 
@@ -14,69 +18,73 @@ from zope.interface import Interface
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from psycopg2.extensions import connection as Connection
-
-    from .caller import Caller
-    from .caller import Holder
-    from .caller import Waiter
 
 
 class IConnectionPool(Interface):
     """A pool of psycopg2 connections.
 
     Registered as a utility under the pool's name. Times are in seconds of monotonic time. What a pool refuses raises
-    `zpgpool.PoolError`, a subclass of `psycopg2.pool.PoolError`, and changes nothing. Everything but the
-    life of a `SimpleConnectionPool` may be called from any thread.
+    `zpgpool.PoolError`, a subclass of `psycopg2.pool.PoolError`, and changes nothing. Everything may be called from any
+    thread, except the methods of a `SimpleConnectionPool`.
     """
 
-    name = Attribute("The pool's name in logs and messages: text, '' by default.")
+    name = Attribute("The pool's name in logs and messages: text; made up (`pool-1`) where none was given.")
     minconn = Attribute("How many connections are kept open.")
     maxconn = Attribute("How many may be open, or being opened, at a time.")
     closed = Attribute("Whether the pool was closed.")
-    twophase = Attribute("Whether transactions that join its connections commit in two phases.")
-    outage = Attribute("The error of the last connect, a `psycopg2.Error`; None when that succeeded.")
 
-    def getconn() -> Connection:
+    def getconn(*, timeout: float | None = None) -> Connection:
         """Return a connection: alive, outside of a transaction, its session as configured.
 
-        One that the calling thread had before, if it is idle; else another idle one; else a new one; else one that is
-        returned within the setting `timeout`, first come first served. With the server down the first to ask tries to
-        connect, and the others get its error at once.
+        The one that the calling thread had before, if it is idle; else another idle one; else a new one, or one that
+        is returned meanwhile, first come first served.
+
+        timeout -- seconds that this call may take in all, whatever it waits for; by default the pool's setting. 0: it
+            does not wait for other users, as in psycopg2, but for its own connect, as long as that takes.
 
         Raises `PoolTimeout` when none came free (its message tells who holds them), `TooManyRequests` when
         `max_waiting` wait already, `PoolClosed`, or the `psycopg2.OperationalError` of the connect.
         """
 
-    def putconn(conn: Connection) -> None:
-        """Put a connection away: rolled back and with its session as configured it is idle, or it is closed.
+    def putconn(conn: Connection, *, close: bool = False) -> None:
+        """Return a connection: rolled back and with its session as configured it is idle, or it is closed.
+
+        close -- close it in any case: its place is free at once.
 
         Never raises for what the server did. Raises `PoolError` for a connection that is not in use here.
         """
 
-    def connection() -> AbstractContextManager[Connection]:
-        """Return a context manager: `with pool.connection() as conn:` gets a connection, and puts it away at the end.
+    def connection(*, timeout: float | None = None) -> AbstractContextManager[Connection]:
+        """Return a context manager: `with pool.connection() as conn:` gets a connection, and returns it at the end.
 
-        In nested blocks of one thread the connection is the same, and the outermost puts it away. Nothing is
-        committed: `conn.commit()` is the user's; what is not committed is rolled back.
+        In nested blocks of one thread the connection is the same, and the outermost returns it. Nothing is committed:
+        `conn.commit()` is the user's; what is not committed is rolled back.
+
+        timeout -- as of `getconn`.
         """
 
-    def hold(conn: Connection | None = None) -> IHold:
-        """Return a hold on a connection, for whoever ends its use in another thread, or at another time.
+    def checkout(conn: Connection | None = None) -> ICheckout:
+        """Return a checkout of a connection, for whoever ends its use in another thread, or at another time.
 
-        On `conn`, which is in use, and which only the hold puts away from now on; by default on another one, got as by
-        getconn().
+        conn -- one that is in use, and that only the checkout returns from now on; by default another one, got as by
+            `getconn`.
         """
 
-    def cancel(conn: Connection) -> bool:
-        """Ask the server to cancel the query that runs on `conn`, which is in use; return whether one runs.
+    def open() -> None:
+        """Begin to open `minconn` connections, of a pool that was made with `open=False`. Does not wait for them."""
 
-        From any thread; takes a second at most. Whoever waits for the query gets `psycopg2.errors.QueryCanceled`.
+    def wait(timeout: float = 30.0) -> None:
+        """Wait until `minconn` connections are open, and at least one, for so many seconds: a start that fails fast.
+
+        Raises `PoolTimeout`, whose `__cause__` is the error of the last connect.
         """
 
     def prune() -> None:
-        """Close the connections that are idle for more than `idle_timeout`, then open new ones up to `minconn`.
+        """Close the connections that are idle for more than `idle_timeout`, and open new ones up to `minconn`.
 
         Raises the `psycopg2.OperationalError` of a connect that failed.
         """
@@ -90,99 +98,64 @@ class IConnectionPool(Interface):
     def close(timeout: float = 5.0) -> None:
         """Refuse new users, give those of now `timeout` seconds to finish, then do as `closeall`. May be repeated."""
 
-    def drain() -> None:
-        """Replace every connection: idle ones are closed now, the others when they are returned."""
-
-    def resize(minconn: int, maxconn: int) -> None:
-        """Change the limits. Raises ValueError as the constructor does."""
-
-    def holders() -> list[Holder]:
-        """Return a list of who holds a connection: thread, request, seconds, transaction status, source line now."""
-
-    def waiters() -> list[Waiter]:
-        """Return a list of who waits for a connection, the next one first: thread, request, seconds, source line."""
-
     def get_stats() -> dict[str, int]:
-        """Return counters and sizes as a dict, under psycopg_pool's names where the meaning is the same."""
+        """Return counters and sizes, under psycopg_pool's names where the meaning is the same.
 
-    def tend(now: float) -> float | None:
-        """Do what is due at `now`, and return when to come again, or None for never."""
-
-    def observe(observer: IObserver) -> None:
-        """Tell `observer` from now on what `IObserver` lists. A return takes some microseconds more with that."""
-
-    def connect_aside(**keywords: Any) -> Connection:
-        """Return a new connection to the pool's server that is none of the pool's, with `keywords` of libpq on top.
-
-        For a look from outside: the caller closes it.
+        Sizes: `pool_min`, `pool_max`, `pool_size` (open, or being opened), `pool_available` (idle),
+        `requests_waiting`. Counters, which never go back: `requests_num` (connections asked for), `requests_queued`
+        (that waited for one), `requests_wait_ms` (for how long in all), `requests_errors` (that got none),
+        `returns_bad` (returned in a state that could not be made clean), `connections_num` (connects that have ended),
+        `connections_ms` (how long those in all took that succeeded), `connections_errors` (that failed),
+        `connections_lost` (connections found dead when they were idle).
         """
 
-    def scrub(text: str) -> str:
-        """Return the message of an error of a connect without what it tells of the connection string."""
 
-
-class IObserver(Interface):
-    """Is told by a pool what is too frequent for events. Must neither block nor raise."""
-
-    def waited(seconds: float) -> None:
-        """Somebody stood in the line for so long, with or without success."""
-
-    def used(seconds: float) -> None:
-        """A connection was put away after so long a use."""
-
-    def tend(now: float) -> float:
-        """Do what is due in a round of the pool's timer at `now`; return when there should be another one."""
-
-    def forget() -> None:
-        """Begin anew: in a forked child nothing of the pool's has happened yet."""
-
-
-class IHold(Interface):
-    """A connection in use by whoever has this object. Who drops it without `putconn` has the connection closed."""
+class ICheckout(Interface):
+    """A connection in use by whoever has this object. If it is dropped without `putconn`, the connection is closed."""
 
     conn = Attribute("The psycopg2 connection.")
 
     def putconn(close: bool = False) -> None:
-        """Put the connection away, from any thread, as `putconn` of the pool does. May be repeated."""
+        """Return the connection, from any thread, as `putconn` of the pool does. May be repeated."""
 
 
 class IKeyedConnectionPool(IConnectionPool):
     """A pool whose users may name their connections by keys, as in `psycopg2.pool`."""
 
-    def getconn(key: Hashable = None) -> Connection:
-        """See `IConnectionPool`. The same `key` (any hashable) gets the same connection, until it is put away.
+    def getconn(key: Hashable = None, *, timeout: float | None = None) -> Connection:
+        """See `IConnectionPool`. The same `key` (any hashable) gets the same connection, until it is returned.
 
-        Without a key every call gets another connection, and who loses it without putting it away has it closed.
-        A key never collides with a thread. A connection that its user closed is replaced.
+        Without a key every call gets another connection, and one that its users have lost is closed. A key never
+        collides with a thread. A connection that its user closed is replaced.
         """
 
     def putconn(conn: Connection | None = None, key: Hashable = None, close: bool = False) -> None:
-        """See `IConnectionPool`. `close=True` closes the connection, and its place is free at once.
+        """See `IConnectionPool`. With a key alone, its connection is returned; with both, they must belong together."""
 
-        With a key alone, its connection is put away; with a connection and a key, they must belong together.
-        """
-
-    def connection(key: Hashable = None) -> AbstractContextManager[Connection]:
+    def connection(key: Hashable = None, *, timeout: float | None = None) -> AbstractContextManager[Connection]:
         """See `IConnectionPool`. Without a key the block's connection belongs to the thread."""
 
 
 class IPersistentConnectionPool(IConnectionPool):
-    """A pool that gives each thread one connection, the same one until the thread puts it away."""
+    """A pool that gives each thread one connection, the same one until the thread returns it."""
 
-    def getconn() -> Connection:
+    def getconn(*, timeout: float | None = None) -> Connection:
         """See `IConnectionPool`. Never two connections for one thread."""
 
     def putconn(conn: Connection | None = None, close: bool = False) -> None:
-        """See `IConnectionPool`. Puts the calling thread's connection away, which `conn` must be if it is given.
+        """See `IConnectionPool`. Returns the calling thread's connection, which `conn` must be if it is given."""
 
-        `close=True` closes it, and its place is free at once.
+    def owner() -> Any:
+        """Return the calling thread as this pool knows it: opaque, for `connection_of` and `putconn_of`."""
+
+    def connection_of(owner: Any) -> Connection | None:
+        """Return the connection that the thread `owner` has, from any thread.
+
+        None when it has none, or a checkout returns it.
         """
 
-    def caller() -> Caller:
-        """Return the calling thread as this pool knows it: opaque, for `putconn_of`."""
-
-    def putconn_of(caller: Caller, close: bool = False) -> bool:
-        """Put away what the thread `caller` holds, from any thread; return whether it held something.
+    def putconn_of(owner: Any, close: bool = False) -> bool:
+        """Return the connection of the thread `owner` to the pool, from any thread; say whether it had one.
 
         For whoever ends a thread's work on its behalf, while the thread itself does not use the connection.
         """
@@ -193,6 +166,102 @@ class IConnectionPoolFactory(Interface):
 
     def __call__(minconn: int, maxconn: int, *args: Any, **kwargs: Any) -> IConnectionPool:
         """Return a new `IConnectionPool`. The arguments are those of `zpgpool.AbstractConnectionPool`."""
+
+
+class IPoolManagement(Interface):
+    """What administrators, and the pages for them, do with a pool and see of it."""
+
+    last_connect_error = Attribute("The error of the last connect, a `psycopg2.Error`; None when that succeeded.")
+    settings = Attribute("The `zpgpool.settings.PoolSettings`; they cannot be changed.")
+
+    def holders() -> Sequence[IHolder]:
+        """Return who holds a connection now."""
+
+    def waiters() -> Sequence[IWaiter]:
+        """Return who waits for a connection now, the next one first."""
+
+    def cancel(conn: Connection, timeout: float = 1.0) -> bool:
+        """Ask the server to cancel the query that runs on `conn`, which is in use; return whether it was asked.
+
+        timeout -- seconds to wait until the server has been told; 0: it is told soon.
+
+        From any thread. Whoever waits for the query gets `psycopg2.errors.QueryCanceled`. The
+        connection is closed when it is returned: so nobody else is cancelled.
+        """
+
+    def drain() -> None:
+        """Replace every connection: idle ones are closed now, the others when they are returned."""
+
+    def resize(minconn: int, maxconn: int) -> None:
+        """Change the limits. Raises ValueError as the constructor does."""
+
+
+class IHolder(Interface):
+    """Who holds a connection: a snapshot."""
+
+    thread = Attribute("The thread's name.")
+    seconds = Attribute("For how long.")
+    status = Attribute("`idle`, `in a query`, `in a transaction`, `in a failed transaction`, `returning`, ...")
+    backend_pid = Attribute("The process number of the server's side; 0 where it is not known.")
+    request = Attribute("What the thread works on: a method and path, or a task's name; may be empty.")
+    line = Attribute("The source line that the thread is at: `file:number in function`.")
+
+
+class IWaiter(Interface):
+    """Who waits for a connection: a snapshot."""
+
+    thread = Attribute("The thread's name.")
+    seconds = Attribute("For how long.")
+    request = Attribute("What the thread works on: a method and path, or a task's name; may be empty.")
+    line = Attribute("The source line that the thread is at: `file:number in function`.")
+
+
+class IMaintained(Interface):
+    """What the timer needs."""
+
+    def run_maintenance(now: float) -> float | None:
+        """Do what is due at `now`, and return when to come again (monotonic seconds); None: never."""
+
+
+class IPoolInternals(IMaintained):
+    """What the package's own parts use of a pool beyond that. May change with any release."""
+
+    def observe(observer: IObserver) -> None:
+        """Tell `observer` from now on what `IObserver` lists. A return takes some microseconds more with that."""
+
+    def open_connection(**keywords: Any) -> Connection:
+        """Return a new connection to the pool's server that is none of the pool's, with `keywords` of libpq on top.
+
+        For a look from outside: the caller closes it.
+        """
+
+    def scrub(text: str) -> str:
+        """Return the message of an error of a connect without what it tells of the connection string."""
+
+    def check_process() -> None:
+        """Notice that the process was forked by C code, which does not call Python's hooks."""
+
+    def forgo_timer() -> None:
+        """Start no timer: this process serves one request, and ends."""
+
+    def adopt_name(name: str) -> None:
+        """Take the name under which the pool is registered, unless it was given one of its own."""
+
+
+class IObserver(Interface):
+    """Is told by a pool what is too frequent for events. Must neither block nor raise."""
+
+    def waited(seconds: float) -> None:
+        """Somebody stood in the queue for so long, with or without success."""
+
+    def used(seconds: float) -> None:
+        """A connection was returned after so long a use."""
+
+    def maintain(now: float) -> float:
+        """Do what is due in a round of the pool's timer at `now`; return when there should be another one."""
+
+    def forget() -> None:
+        """Begin anew: in a forked child nothing of the pool's has happened yet."""
 
 
 class IPoolEvent(Interface):
@@ -235,4 +304,4 @@ class IRequestTimedOut(IPoolEvent):
 class IConnectionLeaked(IPoolEvent):
     """A connection is held for longer than `leak_after`. Told once for each time it is got."""
 
-    holder = Attribute("Who holds it: a `zpgpool.caller.Holder`.")
+    holder = Attribute("Who holds it: an `IHolder`.")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from zope.interface.registry import Components
 
-from .history import begin
-from .history import BOUNDS
-from .history import history_of
-from .lag import lag_of
-from .snapshot import list_pools
+from .core import lag_of
+from .monitor import begin
+from .monitor import BOUNDS
+from .monitor import history_of
+from .monitor import list_pools
 
 
 if TYPE_CHECKING:

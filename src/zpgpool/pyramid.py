@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 from typing import TYPE_CHECKING
 
-from .datamanager import connection as get_transactions_connection
+from .datamanager import get_connection as get_transactions_connection
 from .interfaces import IConnectionPool
-from .lease import current_lease
-from .lease import lease_key
 from .registry import get_pool
 from .registry import make_pool
 from .registry import query_pool
+from .request import current_lease
+from .request import lease_key
 from .settings import convert_with
 from .settings import count
 from .settings import list_known

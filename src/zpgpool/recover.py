@@ -24,11 +24,11 @@ import psycopg2
 
 from .datamanager import EXTENDED_INFO
 from .datamanager import FORMAT_ID
-from .entry import one_line
+from .dsn import check_dsn
+from .dsn import read_environment
+from .dsn import scrub
 from .errors import CommandError
-from .settings import check_dsn
-from .settings import read_environment
-from .settings import scrub
+from .errors import one_line
 from .settings import SettingError
 
 

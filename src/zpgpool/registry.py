@@ -16,19 +16,20 @@ from zope.interface import directlyProvides
 from zope.interface.interfaces import ComponentLookupError
 from zope.interface.registry import Components
 
-from .base import AbstractConnectionPool
+from .core import AbstractConnectionPool
+from .core import PersistentConnectionPool
+from .core import SimpleConnectionPool
+from .core import ThreadedConnectionPool
 from .errors import PoolError
 from .interfaces import IConnectionPool
 from .interfaces import IConnectionPoolFactory
-from .pool import PersistentConnectionPool
-from .pool import SimpleConnectionPool
-from .pool import ThreadedConnectionPool
+from .interfaces import IPoolInternals
 from .settings import SettingError
+from .types import Pool
 
 
-#: What provides `IConnectionPool`, as type checkers know it: to them without zope's plugin an interface is a class that
-#: nothing implements. Another class may provide it as well.
-Pool: TypeAlias = AbstractConnectionPool
+#: What a look-up returns, as type checkers know it: they cannot know of a pool of another class that was registered.
+Ours: TypeAlias = AbstractConnectionPool
 
 FACTORIES: dict[str, type[AbstractConnectionPool]] = {
     "simple": SimpleConnectionPool,
@@ -61,6 +62,8 @@ def register_pool(pool: Pool, name: str = "", registry: Components | None = None
     own: Any = registry
     if own.utilities.registered((), IConnectionPool, name) is not None:
         raise PoolError(f"a pool is registered as {name!r} already: unregister_pool({name!r}) first")
+    if IPoolInternals.providedBy(pool):
+        pool.adopt_name(name)
     registry.registerUtility(pool, IConnectionPool, name, info)
 
 
@@ -72,7 +75,7 @@ def make_pool(
     *,
     kind_option: str = "pool",
     info: str = "",
-) -> Pool:
+) -> Ours:
     """Make a pool by the factory that is registered as `kind`, and register it: what every front end does.
 
     `settings` and `libpq` are as `read_options` returns them, `kind_option` is the name that the user has for `kind`.
@@ -85,7 +88,7 @@ def make_pool(
         kinds = ", ".join(sorted(name for name, _ in registry.getUtilitiesFor(IConnectionPoolFactory)))
         raise SettingError(f"option {kind_option!r}: expected one of {kinds}, got {kind!r}")
     made: Any = factory(open=False, **settings, **libpq)
-    pool: Pool = made
+    pool: Ours = made
     try:
         register_pool(pool, settings["name"], registry, info=info)
     except PoolError as error:
@@ -93,7 +96,7 @@ def make_pool(
     return pool
 
 
-def get_pool(name: str = "", registry: Components | None = None) -> Pool:
+def get_pool(name: str = "", registry: Components | None = None) -> Ours:
     """Return the pool registered as `name`. Raises ComponentLookupError, naming those that are."""
     registry = getGlobalSiteManager() if registry is None else registry
     pool = query_pool(name, registry)
@@ -103,14 +106,14 @@ def get_pool(name: str = "", registry: Components | None = None) -> Pool:
     return pool
 
 
-def query_pool(name: str = "", registry: Components | None = None) -> Pool | None:
+def query_pool(name: str = "", registry: Components | None = None) -> Ours | None:
     """Return the pool registered as `name`, or None."""
     registry = getGlobalSiteManager() if registry is None else registry
     pool: Any = registry.queryUtility(IConnectionPool, name)
-    return cast("Pool | None", pool)
+    return cast("Ours | None", pool)
 
 
-def unregister_pool(name: str = "", registry: Components | None = None) -> Pool:
+def unregister_pool(name: str = "", registry: Components | None = None) -> Ours:
     """Unregister the pool `name` and return it, open as it was. Raises ComponentLookupError when there is none."""
     registry = getGlobalSiteManager() if registry is None else registry
     pool = get_pool(name, registry)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import re
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
@@ -20,14 +18,12 @@ from importlib import import_module
 from typing import Any
 from typing import Literal
 
-import psycopg2
 from psycopg2.extensions import connection as Connection
-from psycopg2.extensions import make_dsn
-from psycopg2.extensions import parse_dsn
 
-
-class SettingError(ValueError):
-    """An option is unknown, missing, or has a value that it cannot have."""
+from .dsn import check_dsn
+from .dsn import is_libpq_keyword
+from .dsn import read_environment
+from .errors import SettingError as SettingError
 
 
 NOTHING = ("", "none")
@@ -161,9 +157,9 @@ def row(convert: Callable[[object], Any], default: object, unit: str, help: str,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class PoolSettings:
-    """The settings of one pool. Raises SettingError for a value that cannot be."""
+    """The settings of one pool, which cannot be changed. Raises SettingError for a value that cannot be."""
 
     minconn: int = row(count, ..., "connections", "opened at the start, and kept open", in_files=0)
     maxconn: int = row(count, ..., "connections", "never more than these are open or being opened", in_files=10)
@@ -234,7 +230,7 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         for name in TABLE:
-            setattr(self, name, convert(name, getattr(self, name)))
+            object.__setattr__(self, name, convert(name, getattr(self, name)))
         check_sizes(self.minconn, self.maxconn)
         if self.twophase and self.autocommit:
             raise SettingError("option 'twophase' cannot be kept with option 'autocommit': there is no transaction")
@@ -285,61 +281,6 @@ def convert_with(convert: Callable[[object], Any], name: str, value: object) -> 
         raise SettingError(f"option {name!r}: expected {error}, got {value!r}") from None
 
 
-def is_libpq_keyword(name: str) -> bool:
-    """Whether libpq knows `name` as part of a connection string (PostgreSQL documentation, section 32.1.2)."""
-    try:
-        make_dsn(**{name: "x"})
-    except (psycopg2.ProgrammingError, TypeError):
-        return False
-    return True
-
-
-def read_environment(dsn: Any) -> Any:
-    """Return `dsn`, or, where it is `ENV:NAME`, what the environment has under NAME.
-
-    Raises SettingError when the environment has nothing there.
-    """
-    if not isinstance(dsn, str) or not dsn.startswith("ENV:"):
-        return dsn
-    name = dsn.removeprefix("ENV:").strip()
-    if not os.environ.get(name):
-        raise SettingError(f"option 'dsn': the environment has no variable {name!r}")
-    return os.environ[name]
-
-
-def check_dsn(dsn: Any) -> None:
-    """Raise SettingError when libpq cannot read `dsn`, without showing any of it."""
-    try:
-        ports = parse_dsn(dsn).get("port", "")
-    except (psycopg2.Error, TypeError):
-        ports = "none"
-    # Of a password with a slash in it libpq takes a part for the port, which its error would show.
-    if not re.fullmatch(r"[\d,]*", ports):
-        raise SettingError("option 'dsn': libpq cannot read this connection string")
-
-
-#: The parts of a connection string that tell where the server is, and who comes there.
-PRIVATE = ("password", "user", "host", "hostaddr", "dbname", "service", "passfile", "sslpassword", "sslkey")
-
-QUOTED = re.compile(r'"[^"]*"|«[^»]*»|»[^«]*«|„[^“]*“|\([0-9a-f.:]+\)')
-
-
-def scrub(text: str, keywords: Mapping[str, Any]) -> str:
-    """Return a message of libpq or the server without what `psycopg2.connect(**keywords)` told them.
-
-    Without what they quote, too: the default of a part that is not given is quoted as well.
-    """
-    libpq = {name: value for name, value in keywords.items() if name not in ("connection_factory", "cursor_factory")}
-    try:
-        parts = parse_dsn(make_dsn(**libpq))
-    except (psycopg2.Error, TypeError):
-        parts = {}
-    values = {part for name in PRIVATE if name in parts for part in (parts[name], *parts[name].split(","))}
-    for value in sorted(values - {""}, key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "***", text)
-    return QUOTED.sub('"***"', text)
-
-
 def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort what a pool is constructed with: its own options, and the keywords that go to `psycopg2.connect()`.
 
@@ -355,7 +296,7 @@ def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[d
     if len(args) > len(CONNECT_KEYWORDS) or by_place.keys() & connect.keys():
         raise TypeError(f"psycopg2.connect() takes {CONNECT_KEYWORDS} by place, and each once")
     connect |= by_place
-    if connect.get("dsn") is not None:
+    if connect.get("dsn") is not None and not callable(connect["dsn"]):
         connect["dsn"] = read_environment(connect["dsn"])
         check_dsn(connect["dsn"])  # now: libpq's own error would quote a part of it
     return options, connect

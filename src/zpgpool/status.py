@@ -22,13 +22,13 @@ from webob import Request
 from webob import Response
 from zope.interface.registry import Components
 
-from .history import begin
-from .history import history_of
-from .page import draw
-from .page import title
+from .monitor import begin
+from .monitor import draw
+from .monitor import history_of
+from .monitor import list_pools
+from .monitor import take
+from .monitor import title
 from .settings import SettingError
-from .snapshot import list_pools
-from .snapshot import take
 
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ STATIC = {"/status.css": "text/css", "/status.js": "text/javascript", "/icon.svg
 class StatusApp:
     """Shows the pools of this process: `/` the page, `/json` the same as data, `/metrics` for Prometheus.
 
-    token -- opens it to whoever sends `Authorization: Bearer <token>`; without, only this machine's own addresses do,
-        and those not for a request that came through a proxy.
+    token -- opens it to whoever sends `Authorization: Bearer <token>`; without, it is open to this machine's own
+        addresses only, and for a `Host` that names this machine, and not through a proxy that says that it is one.
     loopback -- False: not for this machine's own addresses either. A proxy on this machine that adds no header makes
         everybody look local.
     show_sql -- with the text of the queries that run.
@@ -76,7 +76,7 @@ class StatusApp:
     ) -> None:
         if not loopback and not token:
             raise SettingError("option 'loopback': expected true where no token is given: nobody could see the page")
-        folder = files(__package__) / "pages"
+        folder = files(__package__) / "monitor" / "static"
         self._page = Template((folder / "status.html").read_text("utf-8"))
         self._static = {path: (folder / path[1:]).read_bytes() for path in STATIC}
         self._token = token.encode() if token else None
@@ -114,7 +114,9 @@ class StatusApp:
                 return True
         if not self._is_loopback_open or any(name in environ for name in FORWARDED):
             return False
-        return _is_loopback(environ.get("REMOTE_ADDR", ""))
+        # The address alone says little: a proxy on this machine may add no header, or the server strip it. But it sends
+        # the site's Host on; so does a browser that was told that a foreign name is this machine's.
+        return _is_loopback(environ.get("REMOTE_ADDR", "")) and _is_local(environ.get("HTTP_HOST", ""))
 
     def _front(self, environ: WSGIEnvironment) -> Response:
         offers = Request(environ).accept.acceptable_offers(["text/html", "application/json"])
@@ -143,6 +145,12 @@ def _is_loopback(address: str) -> bool:
     except ValueError:  # a unix socket has none: who is behind it is not known
         return False
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _is_local(host: str) -> bool:
+    """Whether a `Host` header names this machine; one that is missing does not (HTTP/1.0, and odd proxies)."""
+    name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+    return name.lower() == "localhost" or _is_loopback(name)
 
 
 def _exposition(registry: Components | None) -> Any:

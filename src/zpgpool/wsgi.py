@@ -1,4 +1,4 @@
-"""The middleware: each request has its connection, and gives it back when the request ends.
+"""The middleware: each request has its connection, and returns it when the request ends.
 
 A request ends when the application has returned a list or tuple, or a `wsgi.file_wrapper`; otherwise when the body's
 `close()` is called, whichever thread does (PEP 3333, "Specification Details").
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sized
-from functools import partial
+from itertools import islice
+from os import getpid
 from time import monotonic
 from typing import Any
 from typing import TYPE_CHECKING
@@ -23,27 +22,37 @@ from psycopg2 import errorcodes
 from webob import Response
 from zope.interface.registry import Components
 
+from .core import lag_of
+from .core import NOT_YET
+from .core import SimpleConnectionPool
+from .core import watch
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
-from .lag import lag_of
-from .lag import NOT_YET
-from .lag import watch
-from .lease import Disconnects
-from .lease import here
-from .lease import Lease
-from .lease import lease_key
-from .pool import SimpleConnectionPool
-from .readers import anew
-from .readers import asks_for_primary
-from .readers import has_body
-from .readers import is_refused_write
-from .readers import is_safe
-from .readers import ReadingLease
-from .readers import remembering
-from .readers import watching
+from .interfaces import IKeyedConnectionPool
+from .interfaces import IPersistentConnectionPool
+from .interfaces import IPoolInternals
+from .interfaces import IPoolManagement
 from .registry import get_pool
 from .registry import query_pool
+from .request import asks_for_primary
+from .request import Body
+from .request import classify
+from .request import Disconnects
+from .request import Fault
+from .request import has_body
+from .request import HeldResponse
+from .request import is_complete
+from .request import is_safe
+from .request import KeyedLease
+from .request import Lease
+from .request import lease_key
+from .request import local
+from .request import OwnLease
+from .request import ReplicaLease
+from .request import SizedBody
+from .request import ThreadLease
+from .request import with_write_cookie
 
 
 if TYPE_CHECKING:
@@ -53,6 +62,9 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from .settings import PoolSettings
+    from .types import Pool
+
+    BeginAgain = Callable[[psycopg2.Error], Iterable[bytes]]
 
 
 log = logging.getLogger("zpgpool")
@@ -64,7 +76,7 @@ def get_connection(environ: WSGIEnvironment, name: str = "") -> Connection:
     Raises PoolError when no middleware serves that pool to the request, or the request has ended; and what
     `IConnectionPool.getconn` raises.
     """
-    lease = environ.get(lease_key(name))
+    lease = environ.get(f"zpgpool.lease.{name}" if name else "zpgpool.lease")
     if not isinstance(lease, Lease):
         raise PoolError(f"no PoolMiddleware serves a pool named {name!r} to this request")
     return lease.connection()
@@ -85,13 +97,15 @@ class PoolMiddleware:
 
     Where the pool's settings name a `replica`, requests of safe methods get their connection from that pool.
 
+    The start of a response is held back until there is a part of its body: until then a 503 can take its place.
+
     A pool for one thread is refused with PoolError when the server says that it runs several.
     """
 
     def __init__(
         self,
         app: WSGIApplication,
-        pool: Any = None,
+        pool: Pool | None = None,
         name: str = "",
         eager: bool = False,
         retry_after: int = 5,
@@ -102,64 +116,223 @@ class PoolMiddleware:
         self.name = name
         self.eager = eager
         self.retry_after = retry_after
-        self._adopt(pool)
-        self._is_by_name = pool is None
         self._registry = registry
         self._key = lease_key(name)
+        self._is_by_name = pool is None
+        self._pool: Pool | None = None
+        if pool is not None:
+            self._adopt(pool)
         self._is_left_out = False  # the replica
+        self._process = getpid()
         self._disconnects = Disconnects() if cancel_on_disconnect else None
 
     @property
-    def pool(self) -> Any:
+    def pool(self) -> Pool:
         """The pool that is served. Raises ComponentLookupError when there is none yet."""
         if self._pool is None or (self._is_by_name and self._pool.closed):
             self._adopt(get_pool(self.name, self._registry))
-        return self._pool
+        pool: Any = self._pool
+        served: Pool = pool
+        return served
 
-    def _adopt(self, pool: Any) -> None:
-        self._pool = pool
+    def _adopt(self, pool: Pool) -> None:
         self._is_for_one_thread = isinstance(pool, SimpleConnectionPool)
-        self._has_replica = bool(getattr(getattr(pool, "settings", None), "replica", ""))
+        self._lease_class = _lease_class(pool)
+        settings: Any = getattr(pool, "settings", None)
+        self._has_replica = bool(getattr(settings, "replica", ""))
+        self._pool = pool
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        pool = self.pool
+        pool = self._pool
+        if pool is None or pool.closed:
+            pool = self.pool
+        if self._process != getpid():
+            self._process = getpid()
+            if IPoolInternals.providedBy(pool):
+                pool.check_process()
         if self._is_for_one_thread:
             _check_threads(pool, environ)
-        outer = _outer_lease(environ, self._key, pool)
-        if outer is not None:
-            environ[self._key] = outer
-            return self.app(environ, start_response)
+        before = environ.get(self._key)
+        state = local.state
+        if before is not None or state.leases or state.orphaned:
+            outer = self._find_outer(environ, before, pool)
+            if outer is not None:
+                return self._serve_inner(environ, start_response, outer, before)
         if self._has_replica:
-            return self._route(environ, start_response, pool, pool.settings)
-        return self._serve(environ, start_response, Lease(pool, environ))
+            return self._route(environ, start_response, pool)
+        return self._serve(environ, start_response, self._lease_class(pool, environ, sys._getframe()), before)
 
-    def _route(
-        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any, settings: PoolSettings
+    def _find_outer(self, environ: WSGIEnvironment, known: object, pool: Pool) -> Lease | None:
+        """Return the lease of a request that this one is part of: another filter's, or one with a subrequest.
+
+        Otherwise this is the outermost request of its thread: clear what the thread has left.
+        """
+        if isinstance(known, Lease) and known.pool is pool and not known.is_over:
+            return known
+        state = local.state
+        lease = state.leases.get(id(pool))
+        if lease is not None and lease.is_running:
+            return lease
+        if lease is not None and not lease.is_over:
+            is_bound = isinstance(lease, ThreadLease | ReplicaLease)
+            if lease.is_busy:
+                if is_bound:
+                    raise PoolError(
+                        f"{lease}: another thread iterates its body still, and this one begins a new request, but "
+                        f"{pool!r} has one connection for each thread: use a 'threaded' pool with this server"
+                    )
+            elif is_bound or not lease.is_streaming:
+                why = "its body was not closed" if lease.is_streaming else "its end was interrupted"
+                log.warning("%s: %s before the thread's next request; ended now", lease, why)
+                lease.end()
+        while state.orphaned:
+            request = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
+            state.orphaned.pop().abandon(f"{request} begins, which must not commit it")
+        return None
+
+    def _serve_inner(
+        self, environ: WSGIEnvironment, start_response: StartResponse, outer: Lease, before: object
     ) -> Iterable[bytes]:
+        environ[self._key] = outer
+        if self.eager:
+            environ["zpgpool.connection"] = outer.connection()
+        try:
+            return self.app(environ, start_response)
+        finally:
+            if before is not None:
+                environ[self._key] = before
+
+    def _serve(
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        lease: Lease,
+        before: object = None,
+        begin_again: BeginAgain | None = None,
+        hook: Any = None,
+    ) -> Iterable[bytes]:
+        """Call the application with `lease`, and end that with the request.
+
+        before -- what `environ` had in the place of the lease.
+        begin_again -- serves the request on the primary, where the replica has failed it.
+        hook -- changes the headers just before they go out.
+        """
+        environ[self._key] = lease
+        response = HeldResponse(start_response)
+        response.hook = hook
+        goes_on = False
+        try:
+            if environ.get("wsgi.run_once") and IPoolInternals.providedBy(lease.pool):
+                lease.pool.forgo_timer()
+            if self._disconnects is not None:
+                self._disconnects.add(lease, environ)
+            if self.eager:
+                environ["zpgpool.connection"] = lease.connection()
+            body = self.app(environ, response)
+            if not is_complete(body, environ):
+                body, goes_on = _begin_body(body, lease, response), True
+        except psycopg2.Error as error:
+            body = self._refuse(error, environ, response, lease, begin_again)
+        finally:
+            if goes_on:
+                lease.pause()
+            else:
+                lease.end()
+            if before is not None:
+                environ[self._key] = before
+        try:
+            response.send()
+        except BaseException:  # the server's: it will not close what it never gets
+            _close(body)
+            raise
+        return body
+
+    def _refuse(
+        self,
+        error: psycopg2.Error,
+        environ: WSGIEnvironment,
+        response: HeldResponse,
+        lease: Lease,
+        begin_again: BeginAgain | None,
+    ) -> Iterable[bytes]:
+        """Answer from the primary, or that there is no database, if that is what `error` says; else raise it."""
+        if response.is_sent:
+            raise error
+        if isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(error):
+            lease.fail_over(error)
+            if begin_again is None:
+                raise error
+            lease.end()
+            response.forget()
+            return begin_again(error)
+        pool: Any = lease.pool
+        if _is_demotion(error) and lease.had(error) and not pool.closed and lag_of(pool) is None:
+            log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, error)
+            if IPoolManagement.providedBy(pool):
+                pool.drain()
+        if not _is_unavailable(error, pool):
+            raise error
+        log.error("%s: 503 Service Unavailable: %s", lease, error, exc_info=error)
+        return self._unavailable(environ, response)
+
+    def _unavailable(self, environ: WSGIEnvironment, response: HeldResponse) -> Iterable[bytes]:
+        answer = Response(
+            "The database is not available just now. Please try again in a moment.\n",
+            status=503,
+            content_type="text/plain",
+            charset="utf-8",
+            retry_after=self.retry_after,
+            cache_control="no-store",
+        )
+        response.forget()
+        response(answer.status, answer.headerlist)
+        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
+
+    # The replica -----------------------------------------------------------------------------------------------------
+
+    def _route(self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any) -> Iterable[bytes]:
         """Serve a request from the pool's replica, if it may be read from, or else from the pool."""
+        settings: PoolSettings = pool.settings
         seconds = settings.primary_after_write
+        frame = sys._getframe()
+
+        def serve(
+            is_write: Callable[[], bool], *, replica: Any = None, begin_again: BeginAgain | None = None
+        ) -> Iterable[bytes]:
+            lease: Lease = self._lease_class(pool, environ, frame)
+            if replica is not None:
+                lease = self._lease_replica(environ, replica, lease, settings.replica)
+
+            def hook(headers: Any) -> Any:
+                wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
+                return with_write_cookie(headers, environ, seconds) if wrote else headers
+
+            return self._serve(environ, start_response, lease, None, begin_again, hook)
+
         if not is_safe(environ):
-            return self._serve(environ, remembering(start_response, environ, seconds), Lease(pool, environ))
+            return serve(lambda: True)
         replica = None if asks_for_primary(environ, seconds) else self._find_replica(pool, settings)
         if replica is None:
-            return self._serve(environ, start_response, Lease(pool, environ))
-        before = dict(environ)
+            return serve(lambda: False)
+        _check_threads(replica, environ)
+        original = dict(environ)
 
         def begin_again(error: psycopg2.Error) -> Iterable[bytes]:
             environ.clear()
-            environ.update(before)
+            environ.update(original)
             # Whatever it does now, it may have written: its client shall see that.
-            start = remembering(anew(start_response, error), environ, seconds if is_refused_write(error) else 0)
-            return self._serve(environ, start, Lease(pool, environ))
+            return serve(lambda: classify(error) is Fault.REFUSED_WRITE)
 
-        key = lease_key(settings.replica)
-        _check_threads(replica, environ)
-        reader = _outer_lease(environ, key, replica)
-        is_own = reader is None
-        reader = environ[key] = reader or Lease(replica, environ)
-        lease = ReadingLease(pool, environ, reader, is_own)
-        start = watching(start_response, environ, seconds, lease)
-        return self._serve(environ, start, lease, None if has_body(environ) else begin_again)
+        return serve(lambda: False, replica=replica, begin_again=None if has_body(environ) else begin_again)
+
+    def _lease_replica(self, environ: WSGIEnvironment, replica: Any, primary: Lease, name: str) -> Lease:
+        """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
+        key = lease_key(name)
+        outer = environ.get(key)
+        if not (isinstance(outer, Lease) and outer.pool is replica and not outer.is_over):
+            outer = self._find_outer(environ, None, replica)
+        reader = environ[key] = outer or _lease_class(replica)(replica, environ, primary.frame)
+        return ReplicaLease(primary, reader, outer is None, environ)
 
     def _find_replica(self, pool: Any, settings: PoolSettings) -> Any:
         """Return the replica, or None when nobody should read there now."""
@@ -180,175 +353,35 @@ class PoolMiddleware:
                 log.warning("the replica %r is read from again", settings.replica)
         return None if why else replica
 
-    def _serve(
-        self,
-        environ: WSGIEnvironment,
-        start_response: StartResponse,
-        lease: Lease,
-        begin_again: Callable[[psycopg2.Error], Iterable[bytes]] | None = None,
-    ) -> Iterable[bytes]:
-        """Call the application with `lease`, and end that with the request.
 
-        begin_again -- serves the request on the primary, where the replica has failed it.
-        """
-        pool = lease.pool
-        environ[self._key] = lease
-        if environ.get("wsgi.run_once"):
-            pool.is_attended = True  # a process for one request needs no timer
-        while lease.home.unfinished:
-            lease.home.unfinished.pop().abandon(f"{lease.request} begins, which must not commit it")
-        if self._disconnects is not None:
-            self._disconnects.add(lease, environ)
-        body: Iterable[bytes] | None = None
-        try:
-            with lease.run():
-                if self.eager:
-                    environ["zpgpool.connection"] = lease.connection()
-                body = self.app(environ, start_response)
-        except psycopg2.Error as error:
-            return self._refuse(environ, start_response, lease, begin_again, error)
-        finally:
-            # Nothing of the application runs after this; a file is sent, and closed, by whichever thread.
-            if body is None or type(body) in (list, tuple) or _is_file(body, environ):
-                lease.end()
-        if lease.is_over:
-            return body
-        lease.is_streaming = True
-        refuse = partial(self._refuse, environ, start_response, lease, begin_again)
-        return (_SizedBody if isinstance(body, Sized) else _Body)(body, lease, refuse)
+def _lease_class(pool: Pool) -> Any:
+    if IPersistentConnectionPool.providedBy(pool):
+        return ThreadLease
+    return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
-    def _refuse(
-        self,
-        environ: WSGIEnvironment,
-        start_response: StartResponse,
-        lease: Lease,
-        begin_again: Callable[[psycopg2.Error], Iterable[bytes]] | None,
-        error: psycopg2.Error,
-    ) -> Iterable[bytes]:
-        """Answer from the primary, or that there is no database, if that is what `error` says; else raise it."""
-        pool = lease.pool
-        if isinstance(lease, ReadingLease) and lease.blames(error):
-            if begin_again is None or lease.has_sent:
-                raise error
-            lease.end()
-            return begin_again(error)
-        if _is_demotion(error) and lease.had(error) and not pool.closed and lag_of(pool) is None:
-            log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease.request, pool, error)
-            pool.drain()
-        if not _is_unavailable(error, pool):
-            raise error
-        log.error("%s: 503 Service Unavailable: %s", lease.request, error, exc_info=error)
-        return self._unavailable(environ, start_response)
 
-    def _unavailable(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        response = Response(
-            "The database is not available just now. Please try again in a moment.\n",
-            status=503,
-            content_type="text/plain",
-            charset="utf-8",
-            retry_after=self.retry_after,
-            cache_control="no-store",
-        )
-        # With exc_info: the application may have started its response, which the server knows how to replace.
-        start_response(response.status, response.headerlist, sys.exc_info())
-        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [response.body]
+def _begin_body(body: Iterable[bytes], lease: Lease, response: HeldResponse) -> Iterable[bytes]:
+    """Take the first chunk, with which the response starts; until then another one can take its place."""
+    try:
+        lease.begin_body()
+        iterator = iter(body)
+        first = list(islice(iterator, 1))
+        response.send()
+        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
+    except BaseException:
+        _close(body)
+        raise
+
+
+def _close(body: object) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
 
 
 def _check_threads(pool: Any, environ: WSGIEnvironment) -> None:
     if isinstance(pool, SimpleConnectionPool) and environ.get("wsgi.multithread"):
         raise PoolError(f"{pool!r} is for one thread, this server runs several: use 'persistent' or 'threaded'")
-
-
-def _outer_lease(environ: WSGIEnvironment, key: str, pool: Any) -> Lease | None:
-    """Return the lease on `pool` of a request that this one is part of: another filter's, or a subrequest's."""
-    lease = environ.get(key)
-    if isinstance(lease, Lease) and lease.pool is pool and not lease.is_over:
-        return lease
-    lease = here.mine.leases.get(id(pool))
-    if lease is None or threading.get_ident() in lease.running:
-        return lease
-    if lease.is_thread_bound:
-        if lease.running:
-            raise PoolError(
-                f"{lease.request}: another thread iterates its body still, and this one begins a new request, but "
-                f"{pool!r} has one connection for each thread: use a 'threaded' pool with this server"
-            )
-        log.warning("%s: its body was not closed before the thread's next request; ended now", lease.request)
-        lease.end()
-    return None
-
-
-class _Body:
-    """The application's body; its `close()` ends the request.
-
-    Where the application asks for a connection with its first chunk only, and none is to be had, `refuse` answers.
-    """
-
-    def __init__(
-        self, body: Iterable[bytes], lease: Lease, refuse: Callable[[psycopg2.Error], Iterable[bytes]]
-    ) -> None:
-        self._body = body
-        self._lease = lease
-        self._refuse = refuse
-        self._iterator: Iterator[bytes] | None = None
-        self._has_begun = False
-        self._is_closed = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        try:
-            with self._lease.run():
-                if self._iterator is None:
-                    self._iterator = iter(self._body)
-                chunk = next(self._iterator)
-        except psycopg2.Error as error:
-            if self._has_begun:
-                raise
-            self._close_body()
-            self._body = self._refuse(error)
-            self._iterator = iter(self._body)
-            chunk = next(self._iterator)
-        self._has_begun = True
-        return chunk
-
-    def close(self) -> None:
-        """Close the application's body, then end the request, whatever that raised; once."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        try:
-            self._close_body()
-        finally:
-            self._lease.end()
-
-    def _close_body(self) -> None:
-        body, self._body = self._body, ()
-        if hasattr(body, "close"):
-            with self._lease.run():
-                body.close()
-
-    def __del__(self) -> None:
-        if not self._is_closed:
-            if not self._lease.is_over:
-                log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease.request)
-            self.close()
-
-
-class _SizedBody(_Body):
-    """A body whose length a server may ask for: waitress keeps a connection alive by it."""
-
-    _body: Any
-
-    def __len__(self) -> int:
-        return len(self._body)
-
-
-def _is_file(body: object, environ: WSGIEnvironment) -> bool:
-    """Whether the server's own file wrapper was returned, which it recognises only as it is."""
-    wrapper = environ.get("wsgi.file_wrapper")
-    return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 
 def _is_demotion(error: psycopg2.Error) -> bool:
@@ -363,4 +396,4 @@ def _is_unavailable(error: psycopg2.Error, pool: Any) -> bool:
         return True
     # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query.
     is_connect = isinstance(error, psycopg2.OperationalError) and error.pgcode is None
-    return is_connect and getattr(pool, "outage", None) is not None
+    return is_connect and getattr(pool, "last_connect_error", None) is not None

@@ -22,7 +22,7 @@ from webob.exc import HTTPSeeOther
 from webob.util import html_escape
 
 from .. import get_pool
-from ..caller import working_on
+from ..core import task
 from ..interfaces import IConnectionPool
 from ..wsgi import get_connection
 
@@ -182,16 +182,13 @@ class DemoApp:
 
 
 def _use(pool: IConnectionPool, until: float) -> None:
-    me = threading.get_ident()
-    working_on[me] = "the demo's load"
     try:
-        while time.monotonic() < until:
-            with pool.connection() as conn, conn.cursor() as cursor:
-                cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, 1)])
+        with task("the demo's load"):
+            while time.monotonic() < until:
+                with pool.connection() as conn, conn.cursor() as cursor:
+                    cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, 1)])
     except psycopg2.Error:
         pass  # the demo ends, or its server
-    finally:
-        del working_on[me]
 
 
 def _number(request: Request, name: str, default: float, most: float) -> float:

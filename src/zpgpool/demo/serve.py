@@ -20,10 +20,10 @@ import psycopg2
 
 from .. import query_pool
 from .. import unregister_pool
-from ..entry import one_line
+from ..dsn import check_dsn
+from ..dsn import read_environment
 from ..errors import CommandError
-from ..settings import check_dsn
-from ..settings import read_environment
+from ..errors import one_line
 from ..settings import SettingError
 from .server import EmbeddedServer
 from .server import ServerError

@@ -24,7 +24,7 @@ from psycopg2.extensions import register_type
 from psycopg2.extensions import TIME
 from zope.interface.interfaces import ComponentLookupError
 
-from ..datamanager import connection
+from ..datamanager import get_connection
 from ..registry import query_pool
 
 
@@ -108,7 +108,7 @@ class Database:
         """
         description: Any = None
         rows: list[tuple[Any, ...]] = []
-        with connection(self.pool_name).cursor() as cursor:
+        with get_connection(self.pool_name).cursor() as cursor:
             if self.zdatetime:
                 for each in ZOPE_TYPES:
                     register_type(each, cursor)
@@ -134,7 +134,7 @@ class Database:
         ]
 
     def _fetch(self, sql: str, *args: str) -> list[tuple[Any, ...]]:
-        with connection(self.pool_name).cursor() as cursor:
+        with get_connection(self.pool_name).cursor() as cursor:
             cursor.execute(sql, args or None)
             return cursor.fetchall()
 

@@ -5,6 +5,7 @@ Knows nothing of pools.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from .errors import PoolError
-from .settings import PoolSettings
+from ..errors import PoolError
+from ..settings import PoolSettings
 
 
 #: What a transaction, and a user's own settings, change.
@@ -112,6 +113,39 @@ def untouch(conn: Connection) -> None:
     """Begin to watch: the session is now as every user shall find it."""
     if isinstance(conn, Watched):
         mark(conn, False)
+
+
+def is_watched(conn: Connection) -> bool:
+    """Whether changes of the session's settings are noted."""
+    return isinstance(conn, Watched)
+
+
+class Messages(list[Any]):
+    """Messages of the server for a connection's user, who has changed the session with the first one.
+
+    In the place of psycopg2's own lists: to look into those at each return would take a tenth of it (measured).
+    """
+
+    __slots__ = ("_conn",)
+
+    def __init__(self, conn: Connection) -> None:
+        super().__init__()
+        self._conn = weakref.ref(conn)
+
+    def append(self, message: Any) -> None:
+        """Called by psycopg2."""
+        super().append(message)
+        conn = self._conn()
+        if conn is not None and isinstance(conn, Watched):
+            mark(conn, True)
+
+
+def forget_messages(conn: Connection) -> None:
+    """Leave the next user no messages of the server for this one."""
+    for name in ("notices", "notifies"):
+        messages = getattr(conn, name)
+        if messages or type(messages) is not Messages:
+            Connection.__setattr__(conn, name, Messages(conn))
 
 
 def set_up(conn: Connection, settings: PoolSettings) -> None:

@@ -1,4 +1,4 @@
-"""What a pool tells others: events to subscribers, each wait and use to observers, its first need to the timer.
+"""What a pool tells others: events to subscribers, each wait and use to observers.
 
 Holds the pool weakly, as all that a pool's own parts have of it.
 """
@@ -13,30 +13,31 @@ from typing import TYPE_CHECKING
 
 import psycopg2
 
-from .events import ConnectFailed
-from .events import ConnectionClosed
-from .events import ConnectionLeaked
-from .events import ConnectionOpened
-from .events import notify
-from .events import PoolEvent
-from .events import RequestTimedOut
-from .interfaces import IObserver
+from ..errors import one_line
+from ..events import ConnectFailed
+from ..events import ConnectionClosed
+from ..events import ConnectionLeaked
+from ..events import ConnectionOpened
+from ..events import notify
+from ..events import PoolEvent
+from ..events import RequestTimedOut
+from ..interfaces import IObserver
 
 
 if TYPE_CHECKING:
-    from .base import AbstractConnectionPool
-    from .caller import Holder
+    from ..errors import PoolError
+    from ..types import ObservedPool
     from .entry import Entry
-    from .errors import PoolError
+    from .owners import Holder
 
 
 log = logging.getLogger("zpgpool")
 
 
-class Herald:
+class Notifier:
     """Speaks for one pool, as long as that lives; `str()` of it names the pool in messages."""
 
-    def __init__(self, pool: AbstractConnectionPool) -> None:
+    def __init__(self, pool: ObservedPool) -> None:
         self._pool = weakref.ref(pool)
         self.observers: list[IObserver] = []
 
@@ -46,14 +47,12 @@ class Herald:
     def opened(self, entry: Entry, seconds: float) -> None:
         """Tell of a new connection, which took so long."""
         self._tell(ConnectionOpened, entry.backend_pid, seconds)
-        self.call_timer()  # last: who begins to observe with this event wants the rounds, too
 
-    def call_timer(self) -> None:
-        """Have the pool attended from now on, if it is not."""
+    def cannot_connect(self, error: BaseException) -> None:
+        """Log a failure that no caller is told of."""
         pool = self._pool()
-        if pool is not None and not pool.is_attended:
-            pool.attend(pool)
-            pool.is_attended = True
+        if pool is not None:
+            log.warning("%r cannot connect: %s", pool, pool.scrub(one_line(error)))
 
     def failed(self, error: psycopg2.OperationalError, seconds: float) -> None:
         """Tell of a connect that failed after so long."""
@@ -84,9 +83,9 @@ class Herald:
         """Tell the observers of a use."""
         self._call(lambda observer: observer.used(seconds))
 
-    def tend(self, now: float) -> list[float]:
+    def maintain(self, now: float) -> list[float]:
         """Let the observers do what is due, and return when to come again (monotonic seconds)."""
-        return self._call(lambda observer: observer.tend(now))
+        return self._call(lambda observer: observer.maintain(now))
 
     def _call(self, method: Callable[[IObserver], Any]) -> list[Any]:
         """Return what the observers do. What one of them raises is logged, and stops nothing."""

@@ -1,40 +1,50 @@
-"""What happened to the pools lately: samples of their sizes, distributions of times, tales.
+"""What happened to the pools lately: samples of their sizes, distributions of times, incidents.
 
 Nothing is kept, and no pool observed, before somebody calls `begin`: the status page, or an exporter of metrics.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
 import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import zope.event
 from zope.interface import implementer
 
-from .entry import one_line
-from .events import ConnectFailed
-from .events import ConnectionClosed
-from .events import ConnectionLeaked
-from .events import ConnectionOpened
-from .events import PoolEvent
-from .events import RequestTimedOut
-from .interfaces import IObserver
-from .lag import lag_of
+from ..core import lag_of
+from ..errors import one_line
+from ..events import ConnectFailed
+from ..events import ConnectionClosed
+from ..events import ConnectionLeaked
+from ..events import ConnectionOpened
+from ..events import PoolEvent
+from ..events import RequestTimedOut
+from ..interfaces import IObserver
+from ..interfaces import IPoolInternals
+from ..interfaces import IPoolManagement
+
+
+if TYPE_CHECKING:
+    from ..types import Waiter
 
 
 #: Between two samples, and how far back they are kept, in seconds.
 EVERY = 5.0
 SPAN = 600.0
 
-#: How many tales are kept of each pool.
-TALES = 50
+#: How many incidents are kept of each pool.
+INCIDENTS = 50
 
 #: How many single times wait for an exporter that wants each: the newest, when it comes too rarely.
 UNSENT = 100_000
@@ -42,10 +52,10 @@ UNSENT = 100_000
 #: The upper bounds of the distributions, in seconds: those of OpenTelemetry's database conventions.
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
-#: Those in a row are one tale, with the last one's text: each tells anew who holds what, and for how long.
+#: Those in a row are one incident, with the last one's text: each tells anew who holds what, and for how long.
 TIMED_OUT = "timed out"
 
-#: Which ends of a connection are worth a tale, and its kind.
+#: Which ends of a connection are worth a incident, and its kind.
 ENDS = {
     "its thread has ended": "thread reclaimed",
     "its user lost it": "connection lost",
@@ -66,7 +76,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Tale:
+class Incident:
     """Something that happened, and how often in a row; `at` is the time of day of the last time."""
 
     at: float
@@ -107,13 +117,13 @@ class History:
     def forget(self) -> None:
         """See `IObserver`."""
         self.samples: deque[Sample] = deque(maxlen=round(SPAN / EVERY))
-        self.tales: deque[Tale] = deque(maxlen=TALES)
+        self.incidents: deque[Incident] = deque(maxlen=INCIDENTS)
         #: Of waiting, using and creating a connection, under the names of OpenTelemetry.
         self.times = {"wait_time": Times(), "use_time": Times(), "create_time": Times()}
         self._unsent: deque[tuple[str, float]] = deque(maxlen=UNSENT)
         self.timeouts = 0
         self._longest_wait = 0.0
-        self._due = 0.0
+        self._due = -math.inf
 
     def waited(self, seconds: float) -> None:
         """See `IObserver`."""
@@ -129,13 +139,13 @@ class History:
         if _exporters:
             self._unsent.append((name, seconds))
 
-    def tend(self, now: float) -> float:
+    def maintain(self, now: float) -> float:
         """See `IObserver`: take a sample, if that is due."""
         pool = self._pool()
         if now >= self._due and pool is not None:
             self._due = now + EVERY
             stats = pool.get_stats()
-            idle, waiting = stats["pool_available"], pool.waiters()
+            idle, waiting = stats["pool_available"], waiters_of(pool)
             longest, self._longest_wait = self._longest_wait, 0.0
             wait = max([longest, *(waiter.seconds for waiter in waiting)])
             lag = lag_of(pool)
@@ -144,7 +154,7 @@ class History:
         return self._due
 
     def tell(self, event: PoolEvent) -> None:
-        """Keep the tale of an event, if it is worth one."""
+        """Keep the incident of an event, if it is worth one."""
         match event:
             case ConnectionOpened():
                 self._add("create_time", event.seconds)
@@ -161,11 +171,11 @@ class History:
 
     def _tell(self, kind: str, text: str) -> None:
         now = time.time()
-        last = self.tales[-1] if self.tales else None
+        last = self.incidents[-1] if self.incidents else None
         if last is not None and last.kind == kind and (last.text == text or kind == TIMED_OUT):
             last.at, last.text, last.count = now, text, last.count + 1
         else:
-            self.tales.append(Tale(now, kind, text))
+            self.incidents.append(Incident(now, kind, text))
 
     def drain(self) -> Iterator[tuple[str, float]]:
         """Yield each single time since the last call, where an exporter wants them (`begin`)."""
@@ -174,10 +184,25 @@ class History:
 
 
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
 _histories: weakref.WeakKeyDictionary[Any, History] = weakref.WeakKeyDictionary()
 
 #: Who wants each single time.
 _exporters: list[object] = []
+
+
+def waiters_of(pool: Any) -> Sequence[Waiter]:
+    """Return who waits for a connection of `pool`, as far as it tells."""
+    return pool.waiters() if IPoolManagement.providedBy(pool) else ()
 
 
 def begin(exporter: object = None) -> None:
@@ -198,7 +223,8 @@ def history_of(pool: Any) -> History:
         history = _histories.get(pool)
         if history is None:
             history = _histories[pool] = History(pool)
-            pool.observe(history)
+            if IPoolInternals.providedBy(pool):
+                pool.observe(history)
         return history
 
 

@@ -9,21 +9,26 @@ import os
 from collections.abc import Collection
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import datetime
 from datetime import timezone
 from time import monotonic
 from typing import Any
 
 from zope.component import getGlobalSiteManager
+from zope.interface.interface import InterfaceClass
 from zope.interface.registry import Components
 
-from .aside import ask
-from .aside import NoAnswer
-from .entry import one_line
+from ..core import lag_of
+from ..core import NoAnswer
+from ..core import query
+from ..errors import one_line
+from ..interfaces import IConnectionPool
+from ..interfaces import IHolder
+from ..interfaces import IPoolInternals
+from ..interfaces import IPoolManagement
+from ..interfaces import IWaiter
 from .history import history_of
-from .interfaces import IConnectionPool
-from .lag import lag_of
+from .history import waiters_of
 
 
 #: How long the servers of all pools together may be asked, in seconds; a statement there takes half of that at most.
@@ -48,7 +53,9 @@ SERVER_COLUMNS = ("application_name", "state", "wait_event_type", "wait_event", 
 def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
     """Return the registered pools by their names."""
     registry = getGlobalSiteManager() if registry is None else registry
-    return sorted(registry.getUtilitiesFor(IConnectionPool), key=lambda each: each[0])
+    pools = registry.getUtilitiesFor(IConnectionPool)
+    # Some that look at this cannot encode half of a surrogate pair.
+    return sorted(((name.encode(errors="replace").decode(), pool) for name, pool in pools), key=lambda each: each[0])
 
 
 def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -> dict[str, Any]:
@@ -66,14 +73,16 @@ def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -
 
 def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dict[str, Any]:
     history = history_of(pool)
-    history.tend(now)
+    history.maintain(now)
     stats = pool.get_stats()
-    holders = [asdict(holder) for holder in pool.holders()]
-    waiters = [asdict(waiter) for waiter in pool.waiters()]
+    holders = [_plain(holder, IHolder) for holder in pool.holders()] if IPoolManagement.providedBy(pool) else []
+    waiters = [_plain(waiter, IWaiter) for waiter in waiters_of(pool)]
     for each in (*holders, *waiters):
         each.update({key: readable(value) for key, value in each.items() if isinstance(value, str)})
     lag = None if pool.closed else lag_of(pool)
-    server_note = "" if pool.closed else _join_server(pool, holders, until, show_sql)
+    asks_server = not pool.closed and IPoolInternals.providedBy(pool)
+    error = pool.last_connect_error if asks_server else None
+    server_note = "" if not asks_server else _join_server(pool, holders, until, show_sql)
     return {
         "name": readable(name),
         "kind": type(pool).__name__,
@@ -84,19 +93,19 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
         "idle": stats["pool_available"],
         "used": max(0, stats["pool_size"] - stats["pool_available"]),
         "waiting": len(waiters),
-        "outage": readable(pool.scrub(one_line(pool.outage))) if pool.outage else "",
+        "last_connect_error": readable(pool.scrub(one_line(error))) if error else "",
         "server_note": server_note,
         "lag": lag and {**(shown := lag.show(now)), "trouble": readable(shown["trouble"])},
         "holders": sorted(holders, key=lambda each: -each["seconds"]),
         "waiters": waiters,
-        "tales": [
+        "incidents": [
             {
-                "at": datetime.fromtimestamp(tale.at, timezone.utc).isoformat(timespec="seconds"),
-                "kind": tale.kind,
-                "text": readable(tale.text, 4 * LONGEST),
-                "count": tale.count,
+                "at": datetime.fromtimestamp(incident.at, timezone.utc).isoformat(timespec="seconds"),
+                "kind": incident.kind,
+                "text": readable(incident.text, 4 * LONGEST),
+                "count": incident.count,
             }
-            for tale in reversed(history.tales)
+            for incident in reversed(history.incidents)
         ],
         "samples": [
             {"ago": now - at, "used": used, "idle": idle, "waiting": waiting, "wait": wait, "lag": behind}
@@ -104,6 +113,10 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
         ],
         "stats": stats,
     }
+
+
+def _plain(report: object, interface: InterfaceClass) -> dict[str, Any]:
+    return {name: getattr(report, name) for name in interface}
 
 
 def readable(text: str, most: int = LONGEST) -> str:
@@ -135,7 +148,7 @@ def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = 
 
     Raises NoAnswer, at `until` (monotonic seconds) at the latest.
     """
-    rows, own_pid = ask(pool, "zpgpool status", ACTIVITY, (show_sql, list(pids)), until)
+    rows, own_pid = query(pool, "zpgpool status", ACTIVITY, (show_sql, list(pids)), until)
     if own_pid not in [pid for pid, is_own, *_ in rows if is_own]:
         raise NoAnswer("a pooler is in between: the server knows these backends by other numbers")
     shown = {pid: [readable(value) if isinstance(value, str) else value for value in rest] for pid, _, *rest in rows}

@@ -16,11 +16,17 @@ PROOF = 1.0
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
 
+#: After so many seconds a connect is taken to hang, and does not hold up the next one. Less than waiters take to look
+#: again for themselves: they begin it.
+HANGS = 0.9
+
+NEVER_YET = float("-inf")
+
 #: How much shorter a pause may be, at random: processes that lost the same server do not all try it at once.
 JITTER = 0.5
 
 
-class Outage:
+class ConnectBackoff:
     """The memory of failed connects. Written by whoever tried last; a stale read costs one more try."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -28,37 +34,50 @@ class Outage:
         self.error: psycopg2.Error | None = None
         self._clock = clock
         self._pause = 0.0
-        self._retry_at = 0.0
-        self._proven_until = 0.0
+        self._retry_at = self._proven_until = self._tried_at = self._failed_at = NEVER_YET
 
     def may_connect(self, connecting: int) -> bool:
-        """Whether one more thread may connect while `connecting` others do.
+        """Whether one more connect may begin while `connecting` others are under way.
 
-        While nothing proves that the server is there, one at a time: it hangs for all of them, or for none.
+        While nothing proves that the server is there, one at a time; one that hangs holds the next one up for a
+        second only: it may be the network that has lost this one.
         """
         now = self._clock()
-        return now < self._proven_until or (connecting == 0 and now >= self._retry_at)
+        if now >= self._proven_until and (now < self._retry_at or (connecting and not self.is_hanging)):
+            return False
+        self._tried_at = now
+        return True
+
+    @property
+    def is_hanging(self) -> bool:
+        """Whether a connect that is under way, if one is, hangs: none has begun lately."""
+        return self._clock() >= self._tried_at + HANGS
 
     @property
     def is_on(self) -> bool:
         """Whether the server is known to be down, and it is too early to try again."""
         return self.error is not None and self._clock() < self._retry_at
 
+    @property
+    def is_recent(self) -> bool:
+        """Whether the error tells of now: a later one would have replaced it, while somebody asks."""
+        return self.error is not None and self._clock() < self._failed_at + 2 * LONGEST_PAUSE
+
     def doubt(self) -> None:
         """A connection was found dead: the next connect is a try again."""
-        self._proven_until = 0.0
+        self._proven_until = NEVER_YET
 
     def failed(self, error: psycopg2.Error) -> None:
         """Remember the error of a try, and pause."""
         self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
-        now = self._clock()
-        # A copy: the traceback of the error itself would keep the frame of the connect alive, and its place with it.
+        now = self._failed_at = self._clock()
+        # A copy: the traceback of the error itself would keep the frame of the connect alive, and its slot with it.
         pause = self._pause * random.uniform(1 - JITTER, 1)
-        self.error, self._retry_at, self._proven_until = _copy(error), now + pause, 0.0
+        self.error, self._retry_at, self._proven_until = _copy(error), now + pause, NEVER_YET
 
     def succeeded(self) -> None:
         """Forget the outage."""
-        self.error, self._pause, self._retry_at = None, 0.0, 0.0
+        self.error, self._pause, self._retry_at = None, 0.0, NEVER_YET
         self._proven_until = self._clock() + PROOF
 
     def copy(self) -> psycopg2.Error:

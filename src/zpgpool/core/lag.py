@@ -12,9 +12,9 @@ import weakref
 from time import monotonic
 from typing import Any
 
-from .aside import ask
-from .aside import NoAnswer
-from .keeper import keeper
+from .probe import NoAnswer
+from .probe import query
+from .timer import timer
 
 
 #: Between two looks, in seconds; up to a fifth less, at random, so that many processes do not look together.
@@ -57,9 +57,9 @@ class Lag:
         """Have the timer look from now on; harmless when repeated."""
         if self._watched_in != os.getpid():  # after a fork the timer has forgotten us
             self._watched_in = os.getpid()
-            keeper.watch(self)
+            timer.watch(self)
 
-    def tend(self, now: float) -> float | None:
+    def run_maintenance(self, now: float) -> float | None:
         """Look, in a thread of its own: a server that does not answer must not stop the timer of all pools."""
         pool = self._pool()
         if pool is None or pool.closed:
@@ -75,7 +75,7 @@ class Lag:
         if pool is None:
             return
         try:
-            [(is_standby, is_level, since_replayed)], _ = ask(pool, "zpgpool lag", QUESTION, (), start + LOOK)
+            [(is_standby, is_level, since_replayed)], _ = query(pool, "zpgpool lag", QUESTION, (), start + LOOK)
         except NoAnswer as error:
             self.lost(str(error))
             return
@@ -112,7 +112,16 @@ class Lag:
         return {"seconds": self.seconds, "ago": ago, "trouble": self.trouble}
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # reentrant, for a signal's handler
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 _lags: weakref.WeakKeyDictionary[Any, Lag] = weakref.WeakKeyDictionary()
 
 
@@ -127,5 +136,5 @@ def watch(pool: Any) -> Lag:
 
 
 def lag_of(pool: Any) -> Lag | None:
-    """Return the lag of `pool`; None where nobody reads from it in another one's place."""
+    """Return the lag of `pool`; None where nobody reads from it in another one's slot."""
     return _lags.get(pool)

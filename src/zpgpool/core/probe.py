@@ -12,14 +12,14 @@ import psycopg2
 from psycopg2.extensions import POLL_OK
 from psycopg2.extensions import POLL_READ
 
-from .entry import one_line
+from ..errors import one_line
 
 
 class NoAnswer(Exception):
     """What the server cannot be asked; the message is one line, without a secret."""
 
 
-def ask(
+def query(
     pool: Any, application_name: str, sql: str, args: Sequence[object], until: float
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Return the rows that `sql` gives, and the process number that the connection has been told.
@@ -28,7 +28,7 @@ def ask(
     """
     try:
         # Asynchronous: no deadline of libpq's ends a connect, or a query, to a server that has fallen silent.
-        with closing(pool.connect_aside(async_=True, application_name=application_name)) as conn:
+        with closing(pool.open_connection(async_=True, application_name=application_name)) as conn:
             _wait(conn, until)
             with conn.cursor() as cursor:
                 cursor.execute(sql, args)

@@ -44,8 +44,8 @@ def verdict(pool: dict[str, Any]) -> tuple[str, str]:
     used, most, waiting = pool["used"], pool["max"], pool["waiting"]
     if pool["is_closed"]:
         return "bad", "The pool is closed."
-    if pool["outage"]:
-        return "bad", f"The last connect failed: {pool['outage']}"
+    if pool["last_connect_error"]:
+        return "bad", f"The last connect failed: {pool['last_connect_error']}"
     if waiting:
         longest = seconds(max(waiter["seconds"] for waiter in pool["waiters"]))
         who = f"{waiting} requests wait, the longest" if waiting > 1 else "1 request waits,"
@@ -80,7 +80,7 @@ def _pool(pool: dict[str, Any], number: int) -> str:
 <h3>Who waits for one</h3>
 {_table("Nobody.", map(_waiter, pool["waiters"]))}
 <h3>What happened</h3>
-{_table("Nothing worth telling.", map(_tale, pool["tales"]))}
+{_table("Nothing worth telling.", map(_tale, pool["incidents"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
 </section>"""
 
@@ -149,12 +149,12 @@ def _waiter(waiter: dict[str, Any]) -> Row:
     )
 
 
-def _tale(tale: dict[str, Any]) -> Row:
-    times = f" ({tale['count']} times)" if tale["count"] > 1 else ""
+def _tale(incident: dict[str, Any]) -> Row:
+    times = f" ({incident['count']} times)" if incident["count"] > 1 else ""
     return (
-        ("When (UTC)", _e(tale["at"][:19].replace("T", " "))),
-        ("What", f"<span>{_e(tale['kind'])}{times}</span>"),
-        ("More", f"<span>{_e(tale['text'])}</span>"),
+        ("When (UTC)", _e(incident["at"][:19].replace("T", " "))),
+        ("What", f"<span>{_e(incident['kind'])}{times}</span>"),
+        ("More", f"<span>{_e(incident['text'])}</span>"),
     )
 
 

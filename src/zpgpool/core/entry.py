@@ -15,9 +15,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterable
+from functools import cache
+from functools import partial
+from queue import Empty
+from queue import SimpleQueue
 from time import monotonic
 from time import sleep
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
@@ -27,17 +31,17 @@ from psycopg2.extensions import STATUS_READY
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from .handoff import Place
+from ..errors import one_line
+from ..settings import Reset
+from .handoff import Slot
+from .handoff import Ticket
+from .session import forget_messages
 from .session import is_touched
 from .session import restore
 from .session import roll_back
 from .session import session_of
 from .session import untouch
-from .settings import Reset
-
-
-if TYPE_CHECKING:
-    from .caller import Caller
+from .workers import cancellers
 
 
 log = logging.getLogger("zpgpool")
@@ -48,6 +52,14 @@ READS = 16
 
 #: A look at the socket is good for this long, in seconds: 1 ms costs a busy thread no system call per checkout.
 MOMENT = 0.001
+
+#: How long a connection that rested for more than `check_idle` may take to answer, in seconds; longer, where the
+#: connect took longer.
+PING = 2.0
+
+#: A time that has passed, and one that does not come (monotonic seconds). Not 0.0: a machine may just have started.
+NEVER_YET = float("-inf")
+NEVER = float("inf")
 
 #: How long to wait for the server to hang up after a connection was closed, in seconds. Measured: 1 to 3 ms, and
 #: up to 300 on a busy machine.
@@ -61,41 +73,74 @@ CANCEL = 1.0
 CANCELLED = 0.1
 
 
-class Entry(Place):
-    """A place with its connection."""
+#: Why a connection that its user closed cannot be made clean: nothing to warn of.
+CLOSED = "its user closed it"
+
+
+class LifeToken:
+    """Lives as long as what it stands for: in the `threading.local` of a thread, in a block, in a checkout."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Owner(Protocol):
+    """What an entry knows of its user: see `owners`."""
+
+    ident: int
+    name: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can put the connection away still."""
+
+
+class Entry(Slot):
+    """A slot with its connection."""
 
     __slots__ = (
         "backend_pid",
         "baseline",
-        "caller",
+        "cancel_handle",
+        "checkout",
         "conn",
         "ended",
         "expires",
-        "is_held",
+        "is_new",
         "is_standby",
         "look",
         "look_at",
+        "owner",
+        "patience",
         "pid",
         "ref",
         "reported",
         "sharers",
         "since",
         "sock",
+        "waiter",
     )
 
-    #: The connection; gone while a user without a key has it (`lend`).
+    #: The connection; gone while a user without a key has it: only that user keeps it alive then.
     conn: Connection
-    #: Always the connection, but weakly: a connection that its user lost is closed, and its place is room again.
+    #: Always the connection, but weakly: a connection that its user lost is closed, and its slot is room again.
     ref: weakref.ref[Connection]
     #: The process that opened it, and the server's process at its other end.
     pid: int
     backend_pid: int
+    #: What ends a query of it, from any thread.
+    cancel_handle: CancelHandle
+    #: How long the server may take to answer a ping, in seconds.
+    patience: float
     #: The thread that took it (set by pools that keep no such table by thread).
-    caller: Caller
+    owner: Owner
     #: The other threads that asked with its key.
-    sharers: tuple[Caller, ...]
-    #: Whether a hold has it: then only that puts it away.
-    is_held: bool
+    sharers: tuple[Owner, ...]
+    #: The token of the checkout that has it, if one does: then only that returns it.
+    checkout: weakref.ref[LifeToken] | None
+    #: For whom it was opened, who gets the error if that fails.
+    waiter: Ticket[Entry] | None
+    #: Whether nobody has used it yet.
+    is_new: bool
     #: When it last changed hands, and when its lifetime ends (monotonic seconds).
     since: float
     expires: float
@@ -111,14 +156,20 @@ class Entry(Place):
     #: has hung up, and can be looked at and cut without a fear that its number belongs to another socket by now.
     sock: socket.socket
     #: `look(0)` is empty while nothing waits on the socket: a bound method, so that the hit path pays one call. For
-    #: the owner of the place only: a second thread in it would raise RuntimeError.
+    #: the owner of the slot only: a second thread in it would raise RuntimeError.
     look: Callable[[int], list[tuple[int, int]]]
 
     def __init__(self) -> None:
         super().__init__()
-        self.reported = self.ended = 0.0
+        self.reported = self.ended = NEVER_YET
         self.sharers = ()
-        self.is_held = False
+        self.waiter = None
+        self.checkout = None
+
+    @property
+    def has_checkout(self) -> bool:
+        """Whether a checkout has it that somebody still refers to."""
+        return self.checkout is not None and self.checkout() is not None
 
     def attach(self, conn: Connection, ref: weakref.ref[Connection]) -> None:
         """Take a new connection."""
@@ -129,60 +180,71 @@ class Entry(Place):
         hash(ref)  # now or never: a dead reference has no hash, unless it was asked before
         self.conn, self.ref, self.pid, self.sock = conn, ref, os.getpid(), sock
         self.backend_pid = conn.get_backend_pid()
+        self.cancel_handle = CancelHandle(conn)
 
     @property
     def is_attached(self) -> bool:
         """Whether there is a connection."""
         return hasattr(self, "sock")
 
-    def begin(self, now: float, expires: float) -> None:
-        """Remember the session as it is now: set up as every user shall find it."""
+    def begin(self, now: float, seconds: float) -> None:
+        """Remember the session as it is now: set up as every user shall find it. To connect has taken `seconds`."""
         self.since = now
-        self.expires = expires
-        self.look_at = 0.0
+        self.is_new = True
+        self.expires = NEVER
+        self.look_at = NEVER_YET
+        # A connect takes several answers of the server: a slow network is no reason to take it for dead.
+        self.patience = max(PING, seconds)
+        forget_messages(self.conn)
         untouch(self.conn)
         self.baseline = session_of(self.conn)
         self.is_standby = self.conn.get_parameter_status("in_hot_standby") == "on"
 
-    def doom(self) -> None:
+    def expire_now(self) -> None:
         """Let its lifetime end with its present use; at rest, with the next look at it."""
-        self.expires = self.look_at = 0.0
+        self.expires = self.look_at = NEVER_YET
 
     def is_clean(self) -> bool:
         """Whether the session is as configured, outside of any transaction: known locally, without a round trip."""
         return not self.conn.get_transaction_status() and session_of(self.conn) == self.baseline
 
-    def reset(self, extra: Reset, set_up: Callable[[Connection], object]) -> bool:
-        """Bring the session back to its baseline; False when that cannot be, and the connection must go.
+    def reset(self, extra: Reset, set_up: Callable[[Connection], object]) -> str:
+        """Bring the session back to its baseline; return why that cannot be, and the connection must go, if so.
 
         Never raises for what the server did, nor for what the user's own `extra` did.
         """
         conn = self.conn
         try:
-            if (
-                conn.closed
-                or conn.status == STATUS_PREPARED
-                or conn.get_transaction_status() == TRANSACTION_STATUS_ACTIVE
-            ):
-                # A prepared transaction belongs to its transaction manager: neither commit nor rollback is ours to
-                # choose. An active one is in the middle of a COPY, or another thread's query.
-                return False
+            if conn.closed:
+                return CLOSED
+            # A prepared transaction belongs to its transaction manager: neither commit nor rollback is ours to choose.
+            if conn.status == STATUS_PREPARED:
+                return "its transaction is prepared, and neither committed nor rolled back"
+            if conn.get_transaction_status() == TRANSACTION_STATUS_ACTIVE:
+                return "a COPY, or another thread's query, is not finished"
             if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE or conn.status != STATUS_READY:
                 roll_back(conn)
             if extra == "discard":
                 conn.reset()
                 set_up(conn)
-            if is_touched(conn) and session_of(conn) != self.baseline:
-                restore(conn, self.baseline)
+            if is_touched(conn):
+                forget_messages(conn)
+                if session_of(conn) != self.baseline:
+                    restore(conn, self.baseline)
             if callable(extra):
                 extra(conn)
-            if not is_touched(conn):
-                return conn.status == STATUS_READY and not conn.get_transaction_status()
-            untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
-            return self.is_clean()
+            if is_touched(conn):
+                untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
+                is_clean = self.is_clean()
+            else:
+                is_clean = conn.status == STATUS_READY and not conn.get_transaction_status()
+            if is_clean:
+                return ""
+            return (
+                f"{extra!r} left a transaction, or other settings: it must commit" if extra else "its session changed"
+            )
         except Exception as error:
-            log.warning("a returned connection could not be made clean and is closed: %s", one_line(error))
-            return False
+            return one_line(error)
 
     def is_alive(self) -> bool:
         """Whether the server is at the other end, as far as the socket tells: no round trip.
@@ -210,7 +272,10 @@ class Entry(Place):
         # psycopg2 waits without limit, and only an end of the socket wakes it.
         deadline = threading.Timer(timeout, self.cut)
         deadline.daemon = True
-        deadline.start()
+        try:
+            deadline.start()
+        except RuntimeError:  # no thread can be started: at exit, or at a limit of processes
+            return self.is_alive()
         try:
             autocommit = conn.autocommit
             conn.autocommit = True
@@ -234,7 +299,7 @@ class Entry(Place):
         return getattr(self, "conn", None) or self.ref()
 
     def close(self, until: float | None = None) -> None:
-        """Close the connection, and wait until the server has hung up: only then its place there is free.
+        """Close the connection, and wait until the server has hung up: only then its slot there is free.
 
         Waits until the monotonic time `until` at the longest, by default for HANG_UP seconds.
 
@@ -255,11 +320,11 @@ class Entry(Place):
         return conn is not None and conn.get_transaction_status() == TRANSACTION_STATUS_ACTIVE
 
     def __del__(self) -> None:
-        # Lost by an exception between two bytecodes. Its place is room again, so nobody may go on using it.
-        if getattr(self, "is_filled", False) and self.pid == os.getpid():
+        # Lost by an exception between two bytecodes. Its slot is room again, so nobody may go on using it.
+        if self.is_attached and self.sock.fileno() != -1 and self.pid == os.getpid():
             if self.is_active:
                 self.cut()
-            self.close()  # the weak reference that counts the place is alive until this has returned
+            self.close(monotonic())  # without waiting: whoever triggered the collection has no part in it
 
     def abandon(self) -> None:
         """In a forked child: release the parent's socket without a word to the server, whose session goes on.
@@ -279,9 +344,9 @@ def hang_up(entries: Iterable[Entry]) -> None:
 
     The server is asked to cancel: otherwise it would count the session until the query is done. Then the socket ends.
     """
-    deadline = monotonic() + CANCEL
-    busy = cancel(entries)
-    deadline = min(deadline, monotonic() + CANCELLED)
+    busy = [entry for entry in entries if entry.is_active]
+    cancel(busy)
+    deadline = monotonic() + CANCELLED
     while busy and monotonic() < deadline:
         busy = [entry for entry in busy if entry.is_active]
         sleep(0.001)
@@ -289,34 +354,61 @@ def hang_up(entries: Iterable[Entry]) -> None:
         entry.cut()
 
 
-def cancel(entries: Iterable[Entry]) -> list[Entry]:
-    """Ask the server to end the queries that run on `entries`, and return these; in `CANCEL` seconds at most."""
-    deadline = monotonic() + CANCEL
-    busy = [entry for entry in entries if entry.is_active]
-    threads = [threading.Thread(target=_cancel, args=(entry,), daemon=True) for entry in busy]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - monotonic()))
-    return busy
+def cancel(entries: Iterable[Entry], timeout: float = CANCEL) -> int:
+    """Ask the server to end the queries that run on `entries`, and wait for so long until it is told.
+
+    Returns how many it is asked for: as many at a time as there are threads for that.
+    """
+    deadline = monotonic() + timeout
+    sent: SimpleQueue[None] = SimpleQueue()
+    asked = sum(cancellers.try_run(partial(_cancel, entry.cancel_handle, sent)) for entry in entries if entry.is_active)
+    if timeout > 0:
+        with contextlib.suppress(Empty):
+            for _ in range(asked):
+                sent.get(timeout=max(0.0, deadline - monotonic()))
+    return asked
 
 
-def _cancel(entry: Entry) -> None:
-    """Send a cancel request (PostgreSQL documentation, "Canceling Queries in Progress").
+def _cancel(handle: CancelHandle, sent: SimpleQueue[None]) -> None:
+    try:
+        handle.send()
+    finally:
+        sent.put(None)
 
-    Not by psycopg2's `cancel()`, which dials the server, and waits for it without limit, with the interpreter locked:
+
+class CancelHandle:
+    """What a cancel request needs to know of a connection (PostgreSQL documentation, "Canceling Queries in Progress").
+
+    Copied when the connection is made, as psycopg2 does for itself: later another thread may just be freeing the
+    connection (measured: SIGSEGV). Freed with the last reference, which a thread inside of `send` has.
+
+    Not psycopg2's `cancel()`, which dials the server, and waits for it without limit, with the interpreter locked:
     a silent server would stop every thread (measured with psycopg2 2.9.13). ctypes calls libpq with it unlocked.
     """
+
+    __slots__ = ("_libpq", "_lock", "_pointer")
+
+    def __init__(self, conn: Connection) -> None:
+        self._lock = threading.Lock()
+        self._libpq = _libpq()
+        self._pointer = ctypes.c_void_p(self._libpq.PQgetCancel(ctypes.c_void_p(conn.pgconn_ptr)))
+
+    def send(self) -> None:
+        """Ask the server to end the query that runs; harmless while another thread is asking."""
+        if self._lock.acquire(blocking=False):
+            try:
+                message = ctypes.create_string_buffer(256)
+                self._libpq.PQcancel(self._pointer, message, len(message))
+            finally:
+                self._lock.release()
+
+    def __del__(self) -> None:
+        self._libpq.PQfreeCancel(self._pointer)
+
+
+@cache
+def _libpq() -> ctypes.CDLL:
+    """Return the libpq that psycopg2 uses."""
     libpq = ctypes.CDLL(psycopg2._psycopg.__file__)
     libpq.PQgetCancel.restype = ctypes.c_void_p
-    conn = entry.connection()
-    if conn is not None and conn.pgconn_ptr:
-        cancel = ctypes.c_void_p(libpq.PQgetCancel(ctypes.c_void_p(conn.pgconn_ptr)))
-        message = ctypes.create_string_buffer(256)
-        libpq.PQcancel(cancel, message, len(message))
-        libpq.PQfreeCancel(cancel)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message as one line for the log."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return libpq

@@ -17,7 +17,7 @@ from urllib.request import build_opener
 from urllib.request import HTTPRedirectHandler
 from urllib.request import Request
 
-from .errors import CommandError
+from ..errors import CommandError
 from .page import seconds
 from .page import verdict
 from .snapshot import readable
@@ -36,9 +36,9 @@ COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
 
 BARS = " ▁▂▃▄▅▆▇█"
 
-#: How many samples, and tales, a pool shows.
+#: How many samples, and incidents, a pool shows.
 SAMPLES = 60
-TALES = 5
+INCIDENTS = 5
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -155,9 +155,9 @@ def _pool(pool: dict[str, Any]) -> Iterator[Any]:
         yield _table(("held for", "request", "connection", "server", "at line"), map(_holder, pool["holders"]))
     if pool["waiters"]:
         yield _table(("waits for", "request"), [_who(each) for each in pool["waiters"]])
-    if pool["tales"]:
-        tales = [(each["at"], f"{each['kind']} ({each['count']})", each["text"]) for each in pool["tales"]]
-        yield _table(("at", "what", "more"), tales[:TALES])
+    if pool["incidents"]:
+        incidents = [(each["at"], f"{each['kind']} ({each['count']})", each["text"]) for each in pool["incidents"]]
+        yield _table(("at", "what", "more"), incidents[:INCIDENTS])
 
 
 def _bars(values: list[float], most: float) -> str:

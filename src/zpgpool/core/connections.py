@@ -1,0 +1,280 @@
+"""The connections of one pool: obtained, judged, made clean. `opener` opens them, `idle` keeps those at rest in order.
+
+Knows nothing of who uses them: what is neither parked nor being judged here is somebody's.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from time import monotonic
+
+from psycopg2.extensions import connection as Connection
+
+from ..errors import one_line
+from ..settings import PoolSettings
+from .entry import CLOSED
+from .entry import Entry
+from .entry import hang_up
+from .entry import MOMENT
+from .entry import NEVER
+from .entry import NEVER_YET
+from .entry import PING
+from .handoff import CHECKING
+from .handoff import CLOSING
+from .handoff import CONNECTING
+from .handoff import Handoff
+from .handoff import OPEN
+from .handoff import RETURNING
+from .idle import IdleConnections
+from .notifier import Notifier
+from .notifier import weakly
+from .opener import Opener
+from .owners import who
+from .session import set_up
+
+
+log = logging.getLogger("zpgpool")
+
+#: Lifetimes are shortened by up to this part at random, so that connections opened together do not end together.
+JITTER = 0.05
+
+
+#: Within so many seconds the first user takes a new connection.
+FIRST_USE = 1.0
+
+
+class Connections(IdleConnections):
+    """The entries of a pool.
+
+    connect -- opens a connection.
+    notifier -- is told of what happens.
+    lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage
+        collector: it must not take a lock.
+    tidy -- finds what nobody holds any more.
+    in_background -- whether other threads may open and close connections for the pool.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        connect: Callable[[], Connection | None],
+        notifier: Notifier,
+        lost: Callable[[weakref.ref[Connection]], object],
+        tidy: Callable[[], object],
+        lock: AbstractContextManager[object],
+        in_background: bool = True,
+    ) -> None:
+        self.opener = Opener(settings, connect, weakly(self._publish), notifier, lost, in_background)
+        handoff: Handoff[Entry] = Handoff(Entry, settings.maxconn, weakly(self.opener.fill), lock, tidy)
+        self.opener.handoff = handoff
+        self.backoff = self.opener.backoff
+        super().__init__(handoff, notifier, lock, in_background)
+        self.apply(settings)
+
+    def apply(self, settings: PoolSettings) -> None:
+        """Follow these settings from now on."""
+        self.settings = self.opener.settings = settings
+        self._set_up = partial(set_up, settings=settings)
+        #: How long a look at a socket is good for, in seconds: not at all where `check` has to see every user.
+        self.moment = MOMENT if settings.check is None else NEVER_YET
+        self.handoff.limit = settings.maxconn
+
+    # A checkout ------------------------------------------------------------------------------------------------------
+
+    def obtain(self, entry: Entry | None, start: float, timeout: float) -> Entry | None:
+        """Return a connection fit for use: `entry`, if it is, else another one, waited for or opened.
+
+        Returns None when there was none within the `timeout` that began at `start` (monotonic seconds). Raises
+        QueueFull and Closed, and what a connect for this checkout raised.
+        """
+        until = start + timeout
+        while True:
+            if entry is None:
+                entry = self._next(until, timeout > 0)
+            if entry is None:
+                return None
+            now = monotonic()
+            if self._is_fit(entry, now, until if timeout > 0 else NEVER):
+                entry.since, entry.look_at, entry.is_new = now, now + self.moment, False
+                return entry
+            entry = None
+
+    def _next(self, until: float, may_wait: bool) -> Entry | None:
+        """Return what comes first, an idle connection or a new one, until then."""
+        handoff = self.handoff
+        entry = None if handoff.queue or handoff.is_closed else handoff.take()
+        if entry is not None:
+            return entry
+        if self.backoff.is_recent and not handoff.is_closed and self._is_hopeless():
+            raise self.backoff.copy()
+        start = monotonic()
+
+        def may_stay(ahead: int) -> bool:
+            return not may_wait and self._is_soon(ahead, start)
+
+        try:
+            return handoff.get(until, self.settings.max_waiting, may_stay)
+        finally:
+            seconds = monotonic() - start
+            self.count(requests_queued=may_wait, requests_wait_ms=seconds * 1000)
+            self._notifier.waited(seconds)
+
+    def _is_hopeless(self) -> bool:
+        """Whether nothing will be returned, and somebody tries to connect already, or it is too early for that."""
+        # In a frame that ends before the error is raised: threads that hold an error each would keep each other's
+        # snapshots alive, and with them a slot that was lost, for ever (measured, with twelve threads).
+        slots = self.handoff.slots
+        is_tried = any(slot.state == CONNECTING for slot in slots)
+        return not any(slot.is_open for slot in slots) and (self.backoff.is_on or is_tried)
+
+    def _is_soon(self, ahead: int, start: float) -> bool:
+        """Whether a checkout that may not wait should stay nevertheless, with so many others ahead.
+
+        For its connect as long as that takes, as with psycopg2. For what is being judged or closed not for long since
+        `start`: that may hang.
+        """
+        states = [slot.state for slot in self.handoff.slots]
+        coming = states.count(CONNECTING)
+        if coming:  # and when that one has shown that the server is there, as many as there is room for
+            coming += self.handoff.limit - len(states)
+        if monotonic() < start + PING:
+            coming += states.count(CHECKING) + states.count(CLOSING)
+        return coming > ahead
+
+    def _is_fit(self, entry: Entry, now: float, until: float) -> bool:
+        """Judge an idle connection that is ours, until then; False when it was discarded."""
+        settings, rested = self.settings, now - entry.since
+        # A new one is for its first user even where the pool was drained meanwhile: otherwise there might be no end.
+        is_over = now >= entry.expires and not (entry.is_new and rested < FIRST_USE)
+        if is_over or (settings.idle_timeout and rested > settings.idle_timeout):
+            self.discard_later(entry, "too old")
+        elif not entry.is_alive():
+            self.discard_dead(entry)
+            self.look_at_all()
+        elif (
+            settings.check_idle is not None
+            and rested > settings.check_idle
+            and not entry.ping(min(entry.patience, until - now))
+        ):
+            self.discard_dead(entry)
+            # What forgot this one, or fell silent, has the others, too; to ask each would cost a deadline each.
+            self.discard_parked("rested beside one that did not answer", now - settings.check_idle, is_dead=True)
+        elif settings.check is not None and not self._passes_check(entry, settings.check):
+            self.discard_dead(entry)
+        else:
+            return True
+        return False
+
+    def _passes_check(self, entry: Entry, check: Callable[[Connection], object]) -> bool:
+        try:
+            check(entry.conn)
+        except Exception as error:
+            log.info("%s: check refused a connection: %s", self._notifier, one_line(error))
+            return False
+        except BaseException:  # if somebody keeps it, its traceback keeps the slot
+            self.discard(entry, "check was interrupted")
+            raise
+        return entry.is_clean() or not entry.reset(None, self._set_up)
+
+    def _publish(self, entry: Entry, begun: float, seconds: float) -> None:
+        """Give a new connection, whose connect began then, to its first user, or let it rest."""
+        lifetime = self.settings.max_lifetime
+        if begun <= self._drained_at:
+            entry.expire_now()
+        elif lifetime:
+            entry.expires = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
+            self.remember_end(entry)
+        entry.state = OPEN
+        self.count(connections_num=1, connections_ms=seconds * 1000)
+        try:
+            self._notifier.opened(entry, seconds)
+        finally:
+            self.handoff.park(entry, entry)
+            self.after_return()
+
+    # A return --------------------------------------------------------------------------------------------------------
+
+    def clean(self, entry: Entry, close: bool) -> bool:
+        """Make a returned connection clean; False when it was discarded instead."""
+        now = monotonic()
+        if self._notifier.observers:
+            self._notifier.used(now - entry.since)
+        entry.state, entry.since = RETURNING, now  # the rollback may hang: see the watchdog
+        reason = "it could not be made clean"
+        is_clean = False
+        try:
+            if close:
+                reason = "its user asked for it"
+            elif now >= entry.expires:
+                reason = "too old"
+            else:
+                why = entry.reset(self.settings.reset, self._set_up)
+                is_clean = not why
+                if why:
+                    self._tell_unclean(entry, why)
+        finally:
+            # After an interrupted rollback, too: nobody knows what state that left.
+            if not is_clean:
+                self.discard(entry, reason)
+        entry.state = OPEN
+        return is_clean
+
+    def _tell_unclean(self, entry: Entry, why: str) -> None:
+        self.count(returns_bad=1)
+        if why != CLOSED:
+            log.warning(
+                "%s: a returned connection could not be made clean, and is closed: %s (it comes from %s)",
+                self._notifier,
+                why,
+                who(entry.owner),
+            )
+
+    def after_return(self) -> None:
+        """See to the queue, a closed pool, or too many idle connections, after something was parked."""
+        self.handoff.serve()
+        if self.handoff.is_closed:
+            self.discard_parked("the pool is closed")
+        else:
+            self.trim()
+
+    # Maintenance -----------------------------------------------------------------------------------------------------
+
+    def refill(self) -> None:
+        """Open connections up to `minconn`, at the same time. Raises the first error."""
+        self.opener.open_all(self.settings.minconn)
+
+    def prune(self) -> None:
+        """Close what is idle for too long, or too old, and open connections up to `minconn`. Raises the first error."""
+        now = monotonic()
+        if staying := self.expire(now):
+            self.opener.open_all(min(len(self.handoff) + staying, self.settings.maxconn))
+            self.expire(now)
+        self.refill()
+
+    def maintain(self, now: float) -> None:
+        """Do the timer's part: nothing here waits for a server."""
+        staying = self.expire(now, later=True)
+        self.look_at_all()
+        missing = max(self.settings.minconn - len(self.handoff) + self._leaving, staying)
+        if missing <= 0:
+            self._refill_at = NEVER_YET
+        elif now >= self._refill_at or not self._in_background:
+            self.opener.open_missing(min(len(self.handoff) + missing, self.settings.maxconn))
+
+    def resized(self) -> None:
+        """Follow new limits: more room for those who wait, or fewer idle connections."""
+        self.handoff.serve()
+        self.trim()
+        self.refill()
+
+    def close(self) -> None:
+        """Close every connection, those in use included, in bounded time even while threads are inside a query."""
+        # From the list of all slots: one that is in a thread's hands at this moment stands in no table.
+        entries = [entry for entry in self.handoff.slots if entry.is_open]
+        hang_up(entries)
+        self._discard_all(entries, "the pool is closed")

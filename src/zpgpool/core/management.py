@@ -1,0 +1,136 @@
+"""What administrators, the timer and the package's other parts do with a pool, and see of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from os import getpid
+from time import monotonic
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import connection as Connection
+
+from ..errors import PoolClosed
+from ..interfaces import IObserver
+from ..settings import PoolSettings
+from .entry import CANCEL
+from .entry import cancel
+from .entry import Entry
+from .handoff import Ticket
+from .notifier import Notifier
+from .owners import current_frames
+from .owners import Holder
+from .owners import Waiter
+from .timer import MaintenanceTimer
+from .users import Users
+from .watchdog import due_times
+from .watchdog import end_held_too_long
+from .watchdog import report_leaks
+
+
+class ManagedPool(Users):
+    """See `IPoolManagement` and `IPoolInternals`."""
+
+    settings: PoolSettings
+    closed: bool
+    _name: str
+    _pid: int
+    _is_long: bool
+    _timer: MaintenanceTimer | None
+    _notifier: Notifier
+    _queue: deque[Ticket[Entry]]
+    _open_connection: Callable[..., Connection]
+    _scrub: Callable[[str], str]
+
+    @property
+    def last_connect_error(self) -> psycopg2.Error | None:
+        """See `IConnectionPool`."""
+        return self._connections.backoff.error
+
+    def drain(self) -> None:
+        """See `IConnectionPool`."""
+        self._check_open()
+        self._connections.drain()
+
+    def holders(self) -> list[Holder]:
+        """See `IPoolManagement`."""
+        self.check_process()
+        now, frames = monotonic(), current_frames()
+        return [Holder.of(owner, entry, now, frames) for owner, entry in self._busy()]
+
+    def waiters(self) -> list[Waiter]:
+        """See `IPoolManagement`."""
+        now, frames = monotonic(), current_frames()
+        return [Waiter.of(ticket.thread, now - ticket.since, frames) for ticket in list(self._queue)]
+
+    def cancel(self, conn: Connection, timeout: float = CANCEL) -> bool:
+        """See `IPoolManagement`."""
+        for _, entry in self._users():
+            if entry.connection() is conn and entry.is_active:
+                # Expired first: what was returned before has another time now, what is returned after is closed. So
+                # nobody else has the connection when the server hears of this.
+                since = entry.since
+                entry.expire_now()
+                return entry.since == since and cancel([entry], timeout) > 0
+        return False
+
+    def get_stats(self) -> dict[str, int]:
+        """See `IConnectionPool`."""
+        self.check_process()
+        with self._connections.lock:  # as `_forget_ended` has: the sum never goes back
+            stats = self._connections.get_stats()
+            stats["requests_num"] += sum(owner.uses for owner in list(self._owners)) + stats["requests_errors"]
+        return stats
+
+    def run_maintenance(self, now: float) -> float | None:
+        """See `IMaintained`. Nothing here waits for a server: the timer has other pools to look after."""
+        if self.closed:
+            return None
+        self.check_process()
+        settings, connections = self.settings, self._connections
+        self._reap()
+        end_held_too_long(self._busy(), settings, self._notifier, now)
+        report_leaks(self._users(), settings, self._notifier, now)
+        connections.maintain(now)
+        due = [*due_times(self._busy(), settings, now), *connections.due_times(now), *self._notifier.maintain(now)]
+        return min([now + settings.prune_interval, *due])
+
+    def observe(self, observer: IObserver) -> None:
+        """See `IConnectionPool`."""
+        self._notifier.observers.append(observer)
+        self._is_long = True
+        if self._timer is not None:
+            self._timer.hurry(self)  # the observer wants its rounds, too
+
+    def forgo_timer(self) -> None:
+        """See `IPoolInternals`."""
+        self._timer = None
+
+    def adopt_name(self, name: str) -> None:
+        """Take the name under which the pool is registered, unless it was given one of its own."""
+        if name and not self.settings.name:
+            self._name = name
+
+    def open_connection(self, **keywords: Any) -> Connection:
+        """See `IConnectionPool`."""
+        return self._open_connection(keywords)
+
+    def scrub(self, text: str) -> str:
+        """See `IConnectionPool`."""
+        return self._scrub(text)
+
+    def check_process(self) -> None:
+        """See `IPoolInternals`."""
+        if self._pid != getpid():
+            self._forget()
+
+    def _check_open(self) -> None:
+        self.check_process()
+        if self.closed:
+            raise PoolClosed(f"{self!r}")
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """In a forked child: leave the parent its connections, and begin anew."""

@@ -1,0 +1,238 @@
+"""Who uses a connection: a thread, as a pool knows it, or a checkout; and what messages say of them.
+
+The number of a thread (`get_ident`) is given to the next thread as soon as it is free, so it cannot say whose a
+connection is. A `ThreadOwner` belongs to one thread for as long as that lives, whoever started it (`threading`,
+mod_wsgi, C code): the thread's end drops its token.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR
+from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
+from zope.interface import implementer
+
+from ..errors import PoolClosed
+from ..interfaces import ICheckout
+from ..interfaces import IHolder
+from ..interfaces import IWaiter
+from .entry import Entry
+from .entry import LifeToken as LifeToken
+from .entry import Owner
+from .handoff import RETURNING
+
+
+# What threads work on -------------------------------------------------------------------------------------------------
+
+#: What each thread works on, by its number: something whose text says so. For holders and reports.
+tasks: dict[int, object] = {}
+
+
+@contextmanager
+def task(name: str) -> Iterator[None]:
+    """Name what the calling thread works on: `with zpgpool.task("nightly report"):`.
+
+    `PoolTimeout`, the log and the status page then say it of the connection that the thread holds, as they say the
+    path of a request. Tasks may be nested.
+    """
+    number = threading.get_ident()
+    before = tasks.get(number)
+    tasks[number] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            tasks.pop(number, None)
+        else:
+            tasks[number] = before
+
+
+def forget_tasks(numbers: Iterable[int]) -> None:
+    """Forget what threads worked on that have ended in the middle of it; not where their number has a new thread."""
+    left = [number for number in numbers if number in tasks]
+    if left:
+        alive = sys._current_frames()
+        for number in left:
+            if number not in alive:
+                tasks.pop(number, None)
+
+
+# Owners ---------------------------------------------------------------------------------------------------------------
+
+
+class ThreadOwner:
+    """One thread, as one pool knows it.
+
+    `entry` is what a persistent pool has given it (written by that thread, and under the pool's lock by others);
+    `uses` counts its checkouts (written by that thread alone, so that no count is lost).
+    """
+
+    __slots__ = ("_life", "entry", "ident", "name", "uses")
+
+    def __init__(self, life: LifeToken) -> None:
+        self.entry: Entry | None = None
+        self.uses = 0
+        self.ident = threading.get_ident()
+        self.name = threading.current_thread().name
+        self._life = weakref.ref(life)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._life() is not None
+
+
+def who(owner: Owner) -> str:
+    """Return how messages name an owner: its thread, and what that works on."""
+    work = tasks.get(owner.ident, "") if owner.is_alive else ""
+    return f"thread {owner.name}, {work}" if work else f"thread {owner.name}"
+
+
+class CheckoutOwner(ThreadOwner):
+    """Not a thread, but whoever has a checkout: it ends with the checkout."""
+
+    __slots__ = ()
+
+
+class OwnerLocal(threading.local):
+    """`local.owner` is the calling thread, made and given to `add` when a thread first asks."""
+
+    def __init__(self, add: Callable[[ThreadOwner], object]) -> None:
+        self._life = LifeToken()
+        self.owner = ThreadOwner(self._life)
+        add(self.owner)
+
+
+@implementer(ICheckout)
+class Checkout:
+    """See `ICheckout`. `put` puts the connection away, if it is still held; `life` ends with this object."""
+
+    def __init__(self, conn: Connection, put: Callable[[bool], object], life: LifeToken | None = None) -> None:
+        self.conn = conn
+        self._life = life
+        self._puts = [put]
+
+    def putconn(self, close: bool = False) -> None:
+        """See `ICheckout`."""
+        # One of two threads, maybe: popping is the claim. And a pool that was closed has closed the connection, too.
+        with suppress(IndexError, PoolClosed):
+            self._puts.pop()(close)
+
+
+# Reports --------------------------------------------------------------------------------------------------------------
+
+#: CPython's issue 106883: a garbage collection inside `sys._current_frames()` may wait for ever for a lock that a
+#: thread has which is just being started.
+HAS_FRAMES_BUG = sys.version_info[:2] == (3, 11) and sys.version_info < (3, 11, 9)
+
+_frames_lock = threading.RLock()
+
+#: Whether the collector is off because of us.
+_is_collector_off = False
+
+
+def _renew_frames_lock() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global _frames_lock, _is_collector_off
+    _frames_lock = threading.RLock()
+    if _is_collector_off:
+        _is_collector_off = False
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_renew_frames_lock)
+
+
+def current_frames() -> dict[int, FrameType]:
+    """Return where each thread is now, by its number: once for a whole report."""
+    global _is_collector_off
+    if not HAS_FRAMES_BUG:
+        return sys._current_frames()
+    with _frames_lock:
+        was_enabled = gc.isenabled()
+        try:
+            _is_collector_off = was_enabled
+            gc.disable()
+            return sys._current_frames()
+        finally:
+            if was_enabled:
+                gc.enable()
+            _is_collector_off = False
+
+
+def line_of(frame: FrameType | None) -> str:
+    """Return the source line that a thread is at: `file:number in function`."""
+    if frame is None:
+        return "(its thread has ended)"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+@implementer(IWaiter)
+@dataclass(frozen=True)
+class Waiter:
+    """See `IWaiter`."""
+
+    thread: str
+    seconds: float
+    request: str
+    line: str
+
+    @classmethod
+    def of(cls, thread: threading.Thread, seconds: float, frames: dict[int, FrameType]) -> Waiter:
+        """Return what is known of a thread that has waited for so long."""
+        number = thread.ident or 0
+        return cls(thread.name, max(0.0, seconds), str(tasks.get(number, "")), line_of(frames.get(number)))
+
+
+STATUS = {
+    TRANSACTION_STATUS_IDLE: "idle",
+    TRANSACTION_STATUS_ACTIVE: "in a query",
+    TRANSACTION_STATUS_INTRANS: "in a transaction",
+    TRANSACTION_STATUS_INERROR: "in a failed transaction",
+}
+
+
+@implementer(IHolder)
+@dataclass(frozen=True)
+class Holder:
+    """See `IHolder`."""
+
+    thread: str
+    seconds: float
+    status: str
+    backend_pid: int
+    request: str
+    line: str
+
+    @classmethod
+    def of(cls, owner: Owner, entry: Entry, now: float, frames: dict[int, FrameType]) -> Holder:
+        """Return what is known at `now` (monotonic seconds), without asking the server."""
+        status, backend_pid = "lost", 0
+        conn = entry.connection()
+        if conn is not None:
+            status = STATUS.get(conn.get_transaction_status(), "broken")
+            backend_pid = 0 if conn.closed else entry.backend_pid
+        if entry.state == RETURNING:
+            status = "returning"
+        request, frame = "", None
+        if owner.is_alive:
+            request, frame = str(tasks.get(owner.ident, "")), frames.get(owner.ident)
+        return cls(owner.name, max(0.0, now - entry.since), status, backend_pid, request, line_of(frame))
+
+    def __str__(self) -> str:
+        parts = [self.request, self.status, f"backend {self.backend_pid}", f"at {self.line}"]
+        return f"thread {self.thread} for {self.seconds:.1f} s ({', '.join(part for part in parts if part)})"

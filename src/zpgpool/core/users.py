@@ -1,0 +1,134 @@
+"""Who uses a pool's connections: the table of users, their blocks, and what those leave who are no more."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import ABC
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Hashable
+
+from psycopg2.extensions import connection as Connection
+
+from .connections import Connections
+from .entry import Entry
+from .entry import Owner
+from .handoff import CLOSING
+from .handoff import RETURNING
+from .owners import forget_tasks
+from .owners import LifeToken
+from .owners import ThreadOwner
+
+
+log = logging.getLogger("zpgpool")
+
+#: How many threads a pool may know before it looks which of them have ended.
+MANY = 64
+
+
+class Users(ABC):
+    """A pool's users. The table itself is the subclass's: by thread, or by key."""
+
+    _connections: Connections
+    _owners: set[ThreadOwner]
+    _many_owners: int
+    #: The outermost `connection()` blocks, by key.
+    _blocks: dict[Hashable, weakref.ref[LifeToken]]
+    #: What was lost without being returned, until its slot is freed.
+    _lost: deque[Entry]
+
+    # The table -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _users(self) -> list[tuple[Owner, Entry]]:
+        """Return the connections in use, with who took them: a snapshot."""
+
+    @abstractmethod
+    def _remove_user(self, owner: Owner, entry: Entry) -> bool:
+        """Take `entry` out of the table; False when it has been returned meanwhile."""
+
+    @abstractmethod
+    def _forget_users(self) -> None:
+        """Empty the table."""
+
+    @abstractmethod
+    def _entry_of(self, key: Hashable) -> Entry | None:
+        """Return what is in use under `key`, which may be a thread's owner."""
+
+    def _busy(self) -> list[tuple[Owner, Entry]]:
+        """Return the connections in use, and those that are being returned, with who took them: a snapshot."""
+        returning = [entry for entry in self._connections.handoff.slots if entry.state == RETURNING]
+        users = self._users()
+        in_use = {id(entry) for _, entry in users}
+        return users + [(entry.owner, entry) for entry in returning if id(entry) not in in_use]
+
+    def _add_owner(self, owner: ThreadOwner) -> None:
+        self._owners.add(owner)
+        if len(self._owners) > self._many_owners:  # a server with a thread for each request, and no timer yet
+            self._forget_ended()
+            self._many_owners = 2 * len(self._owners) + MANY
+
+    # Blocks ----------------------------------------------------------------------------------------------------------
+
+    def _begin_block(self, key: Hashable) -> LifeToken | None:
+        """Return the token of a `connection()` block that is the outermost of `key`; None for an inner one.
+
+        The block keeps it alive. So a token that is no more tells of a block whose end an exception has broken off:
+        what that left is put away first.
+        """
+        outer, entry = self._blocks.get(key), self._entry_of(key)
+        if outer is not None and outer() is None and entry is not None:
+            self._end_block(key, entry.connection())
+            entry = self._entry_of(key)
+        if entry is not None and not entry.conn.closed:
+            return None
+        token = LifeToken()
+        self._blocks[key] = weakref.ref(token)
+        return token
+
+    def _end_block(self, key: Hashable, conn: Connection | None) -> None:
+        entry = self._entry_of(key)
+        # None: an exception came before it could be told which one that is.
+        if entry is not None and (conn is None or entry.connection() is conn):
+            self._put_away(key, entry)
+        self._blocks.pop(key, None)
+
+    @abstractmethod
+    def _put_away(self, key: Hashable, entry: Entry) -> None:
+        """Put away what is in use under `key`, if that is still `entry`."""
+
+    # Those who are no more -------------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        """Close what threads that have ended still held, so that the server rolls back; free what was lost."""
+        for owner, entry in self._users():
+            if not self._is_over(owner, entry):
+                continue
+            state, entry.state = entry.state, CLOSING  # first: a checkout that may not wait sees that it comes free
+            if not self._remove_user(owner, entry):
+                entry.state = state
+            else:
+                log.warning("%r: thread %s ended while it held a connection, which is closed", self, owner.name)
+                self._connections.discard_later(entry, "its thread has ended")
+        while self._lost:
+            entry = self._lost.popleft()
+            log.warning("%r: thread %s lost a connection without returning it", self, entry.owner.name)
+            self._connections.discard_later(entry, "its user lost it")
+        self._connections.handoff.forget_lost()
+        self._forget_ended()
+
+    def _is_over(self, owner: Owner, entry: Entry) -> bool:
+        """Whether nobody can put `entry` away any more."""
+        return not owner.is_alive
+
+    def _forget_ended(self) -> None:
+        with self._connections.lock:  # several threads do this: each owner's uses count once
+            ended = {owner for owner in list(self._owners) if not owner.is_alive and owner.entry is None}
+            self._owners -= ended
+            self._connections.count(requests_num=sum(owner.uses for owner in ended))
+        forget_tasks(owner.ident for owner in ended)
+
+    @abstractmethod
+    def _on_lost(self, ref: weakref.ref[Connection]) -> None:
+        """A connection object is no more. Called by the garbage collector: takes no lock, logs nothing."""

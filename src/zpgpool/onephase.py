@@ -1,0 +1,268 @@
+"""A connection in a transaction that commits in one phase: in `tpc_vote`, after all others have voted."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from itertools import count
+from typing import Any
+from typing import TYPE_CHECKING
+
+import psycopg2
+from psycopg2.errors import InFailedSqlTransaction
+from psycopg2.extensions import cursor
+from psycopg2.extensions import STATUS_READY
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR
+from transaction.interfaces import IDataManagerSavepoint
+from transaction.interfaces import ISavepointDataManager
+from zope.interface import implementer
+
+from .errors import PoolError
+from .request import current_lease
+from .request import SharedCheckout
+from .transient import default_factory
+from .transient import is_retryable
+from .transient import note
+from .transient import transient_cursor
+
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+
+    from .types import Pool
+
+
+log = logging.getLogger("zpgpool")
+
+#: What tells our prepared transactions from those of others (X/Open XA's "format identifier"): "zpgp".
+FORMAT_ID = 0x7A706770
+
+#: The key of the global transaction id in a transaction's extended info, which ZODB keeps with its commit.
+EXTENDED_INFO = "zpgpool"
+
+_numbers = count(1)
+
+
+def resources_of(txn: Any) -> list[Any]:
+    """Return what has joined a transaction. Private to `transaction`, which has no other way to tell."""
+    return list(txn._resources)
+
+
+def votes_of(txn: Any) -> dict[int, bool]:
+    """Return who has voted, by the resources' ids. Private to `transaction`, as `_resources`; `tests` watch both."""
+    return dict(getattr(txn, "_voted", None) or {})
+
+
+class Phase(Enum):
+    """Where a data manager is in its transaction."""
+
+    OUTSIDE = "outside"
+    JOINED = "joined"
+    #: In one phase: the connection has committed. In two: its transaction is prepared.
+    VOTED = "voted"
+
+
+@implementer(ISavepointDataManager)
+class DataManager:
+    """One connection in one transaction, committed in one phase. Every method may be called at any time, by any thread.
+
+    It commits in `tpc_vote`, and votes last: what fails there still aborts the others.
+    """
+
+    #: The votes are asked for, and commits done, in the order of `sortKey`. One-phase comes last: what is committed
+    #: cannot be taken back. Two-phase finishes after ZODB, whose record of the transaction then tells what was
+    #: decided, and before one-phase: "}" is behind every letter, "~" behind that.
+    ORDER = "~"
+
+    def __init__(self, pool: Pool, tm: Any) -> None:
+        self.transaction_manager = tm
+        self.pool = pool
+        self.phase = Phase.OUTSIDE
+        self._shared: SharedCheckout | None = None
+        self._factory: Any = None
+        self._txn: Any = None
+        self._sort_key = f"{self.ORDER}zpgpool:{pool.name}:{next(_numbers):012d}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.pool!r}>"
+
+    def sortKey(self) -> str:
+        """See `transaction.interfaces.IDataManager`."""
+        return self._sort_key
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the transaction goes on with the connection."""
+        return self.phase is not Phase.OUTSIDE
+
+    @property
+    def conn(self) -> Connection | None:
+        """The connection; None when the transaction has none."""
+        return None if self._shared is None else self._shared.conn
+
+    def join(self, txn: Any) -> Connection:
+        """Return the connection, which is part of `txn` from now on."""
+        if self._shared is not None and self.is_joined:
+            return self._shared.conn
+        is_first = self._shared is None
+        shared = self._shared = self._take() if self._shared is None else self._shared
+        try:
+            self._check_can_join(shared.conn)
+            txn.join(self)
+            self.phase, self._txn = Phase.JOINED, txn
+            self._begin(txn, shared.conn)
+        except BaseException:
+            if self.is_joined or is_first:
+                self._release()
+            raise
+        return shared.conn
+
+    def _take(self) -> SharedCheckout:
+        lease = current_lease(self.pool)
+        shared = None if lease is None else lease.share(self)
+        if shared is None:
+            shared = SharedCheckout(self.pool.checkout())
+            shared.add(self)
+        conn = shared.conn
+        self._factory = conn.cursor_factory
+        conn.cursor_factory = transient_cursor(self._factory or default_factory(conn))
+        return shared
+
+    def _check_can_join(self, conn: Connection) -> None:
+        if conn.autocommit:
+            raise PoolError(
+                f"{self.pool!r}: a connection with autocommit commits at once, and cannot join a transaction"
+            )
+
+    def _begin(self, txn: Any, conn: Connection) -> None:
+        """Begin a transaction of the server's; psycopg2 does with the first statement."""
+
+    def _release(self, close: bool = False) -> None:
+        """Let go of the connection: a late call of a method cannot reach whoever has it next."""
+        shared, self._shared = self._shared, None
+        self.phase = Phase.OUTSIDE
+        if shared is not None:
+            shared.conn.cursor_factory = self._factory
+            shared.let_go(self, close)
+
+    # What `transaction` calls ----------------------------------------------------------------------------------------
+
+    def tpc_begin(self, txn: object) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+
+    def commit(self, txn: object) -> None:
+        """See `transaction.interfaces.IDataManager`."""
+
+    def tpc_vote(self, txn: object) -> None:
+        """Commit; or, with two phases, prepare. Raises what makes that impossible, a failed statement before, too."""
+        conn = self.conn
+        if conn is None or self.phase is Phase.VOTED:
+            return
+        try:
+            # PostgreSQL answers a COMMIT here with ROLLBACK, a PREPARE TRANSACTION, too, and psycopg2 says nothing.
+            if conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:
+                raise InFailedSqlTransaction(
+                    f"{self.pool!r}: a statement of this transaction has failed, and was not rolled back to a "
+                    "savepoint: nothing of it can be committed"
+                )
+            self._vote(conn)
+        except psycopg2.Error as error:
+            note(error)
+            raise
+        self.phase = Phase.VOTED
+
+    def _vote(self, conn: Connection) -> None:
+        conn.commit()
+
+    def tpc_finish(self, txn: object) -> None:
+        """End the transaction. Raises nothing: the others have committed."""
+        self._release()
+
+    def tpc_abort(self, txn: Any) -> None:
+        """Roll back what can be, and end the transaction."""
+        if self.conn is not None and self.phase is Phase.VOTED:
+            self._abort_voted(txn)
+        elif self.conn is not None:
+            self._roll_back(self.conn)
+        self._release()
+
+    def _abort_voted(self, txn: Any) -> None:
+        log.critical(
+            "%r: the transaction was committed here, but failed elsewhere after that: at most one resource that "
+            "cannot be prepared may take part in a transaction (set twophase=true)",
+            self.pool,
+        )
+
+    def abort(self, txn: Any) -> None:
+        """Roll back. May come before the end, to roll back to a savepoint from before the connection joined."""
+        if self.conn is None or not self._can_abort():
+            return
+        self._roll_back(self.conn)
+        self.phase = Phase.OUTSIDE
+        if self._shared is not None:
+            # Its user may go on with the connection until the transaction's end: that joins again.
+            txn.addBeforeCommitHook(self._rejoin, (txn,))
+            txn.addAfterAbortHook(self._release_unjoined)
+            txn.addAfterCommitHook(self._release_unjoined)
+
+    def _can_abort(self) -> bool:
+        return self.phase is not Phase.VOTED
+
+    def _rejoin(self, txn: Any) -> None:
+        if self.conn is not None and not self.is_joined and self.conn.status != STATUS_READY:
+            self.join(txn)
+
+    def _release_unjoined(self, *status: bool) -> None:
+        if not self.is_joined:
+            self._release()
+
+    def _roll_back(self, conn: Connection) -> None:
+        try:
+            conn.rollback()
+        except psycopg2.Error:
+            self._release(close=True)
+
+    def abandon(self, why: str) -> None:
+        """Abort the transaction, which nobody has ended, and which may join again until then."""
+        if self.conn is not None:
+            log.error("%r: a transaction was neither committed nor aborted; it is aborted now: %s", self.pool, why)
+            try:
+                self._txn.abort()
+            except Exception:  # another resource's: the request that ends, or begins, has no part in it
+                log.exception("%r: aborting it failed", self.pool)
+            finally:
+                if self.conn is not None:
+                    self._roll_back(self.conn)
+                self._release()
+
+    def savepoint(self) -> Savepoint:
+        """See `transaction.interfaces.ISavepointDataManager`. Raises PoolError when the connection does autocommit."""
+        return Savepoint(self)
+
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether the transaction may succeed when it is run again: a serialization failure, or a deadlock."""
+        return is_retryable(error)
+
+
+@implementer(IDataManagerSavepoint)
+class Savepoint:
+    """A savepoint of PostgreSQL (documentation, "SAVEPOINT")."""
+
+    def __init__(self, manager: DataManager) -> None:
+        self._manager = manager
+        self._name = f"zpgpool_{next(_numbers)}"
+        if manager.conn is not None:
+            if manager.conn.autocommit:
+                raise PoolError(f"{manager.pool!r}: a connection with autocommit has no transaction, and no savepoints")
+            self._execute("SAVEPOINT")
+
+    def rollback(self) -> None:
+        """See `transaction.interfaces.IDataManagerSavepoint`."""
+        if self._manager.conn is not None:
+            self._execute("ROLLBACK TO SAVEPOINT")
+
+    def _execute(self, sql: str) -> None:
+        conn = self._manager.conn
+        assert conn is not None
+        with conn.cursor(cursor_factory=cursor) as curs:
+            curs.execute(f"{sql} {self._name}")

@@ -1,0 +1,89 @@
+"""The application's body, whose `close()` ends the request (PEP 3333, "Specification Details")."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sized
+from typing import TYPE_CHECKING
+
+from .lease import Lease
+
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+
+log = logging.getLogger("zpgpool")
+
+
+def is_complete(body: object, environ: WSGIEnvironment) -> bool:
+    """Whether nothing of the application runs after it has returned `body`.
+
+    So for a list or a tuple; and for the server's own file wrapper, which it recognises only as it is, and whose file
+    whichever thread sends and closes.
+    """
+    if type(body) in (list, tuple) or body is None:  # None is the server's to refuse
+        return True
+    wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
+
+
+class Body:
+    """A body that is iterated, in whichever thread, and closed. Its first chunk, if it has one, was taken already."""
+
+    def __init__(self, body: Iterable[bytes], iterator: Iterator[bytes], first: list[bytes], lease: Lease) -> None:
+        self._body = body
+        self._iterator = iterator
+        self._first = first
+        self._lease = lease
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._first and not self._is_closed:
+            return self._first.pop()
+        before = self._lease.enter(sys._getframe())
+        try:
+            return next(self._iterator)
+        finally:
+            self._lease.leave(before)
+
+    def close(self) -> None:
+        """Close the application's body, then end the request, whatever that raised; once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._close_body()
+        finally:
+            self._lease.end()
+
+    def _close_body(self) -> None:
+        body, self._body = self._body, ()
+        close = getattr(body, "close", None)
+        if close is not None:
+            before = self._lease.enter(sys._getframe())
+            try:
+                close()
+            finally:
+                self._lease.leave(before)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_closed", True):  # True: an exception came before it was made whole
+            if not self._lease.is_over:
+                log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease)
+            self.close()
+
+
+class SizedBody(Body):
+    """A body whose length a server may ask for: waitress keeps a connection alive by it."""
+
+    _body: Sized  # type: ignore[assignment]  # and iterable
+
+    def __len__(self) -> int:
+        return len(self._body)

@@ -1,0 +1,362 @@
+"""What a request holds of a pool, from its first use to the request's end.
+
+Knows nothing of WSGI but what `environ` says.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from threading import get_ident
+from types import FrameType
+from typing import Protocol
+from typing import TYPE_CHECKING
+
+from ..core import tasks
+from ..errors import PoolClosed
+from ..errors import PoolError
+from ..interfaces import IPoolManagement
+
+
+if TYPE_CHECKING:
+    import psycopg2
+    from _typeshed.wsgi import WSGIEnvironment
+    from psycopg2.extensions import connection as Connection
+
+    from ..types import Checkout
+    from ..types import KeyedPool
+    from ..types import PersistentPool
+    from ..types import Pool
+
+
+log = logging.getLogger("zpgpool")
+
+
+def lease_key(name: str) -> str:
+    """Return where `environ` has the lease of the pool `name`."""
+    return f"zpgpool.lease.{name}" if name else "zpgpool.lease"
+
+
+class Transaction(Protocol):
+    """What a lease needs of a data manager that has joined a transaction with the request's connection."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the transaction goes on with the connection."""
+
+    def abandon(self, why: str) -> None:
+        """Abort the transaction, which nobody has ended."""
+
+
+class ThreadState:
+    """What a thread's requests have: their leases, by the pool's id; and the transactions that outlived them."""
+
+    def __init__(self) -> None:
+        self.leases: dict[int, Lease] = {}
+        self.orphaned: list[Transaction] = []
+
+
+class ThreadLocal(threading.local):
+    """`local.state` is the calling thread's."""
+
+    def __init__(self) -> None:
+        self.state = ThreadState()
+
+
+local = ThreadLocal()
+
+
+class SharedCheckout:
+    """A checkout with owners, the request and its transaction: the last one that lets go of it returns it."""
+
+    __slots__ = ("_checkout", "_owners", "transaction")
+
+    def __init__(self, checkout: Checkout, *owners: object) -> None:
+        self._checkout = checkout
+        self._owners = list(owners)
+        self.transaction: Transaction | None = None
+
+    @property
+    def conn(self) -> Connection:
+        return self._checkout.conn
+
+    def let_go(self, owner: object, close: bool = False) -> None:
+        """Remove an owner. Where it was the last one, or `close` is true, the connection goes back. May be repeated."""
+        self._owners = [each for each in self._owners if each is not owner]
+        if owner is self.transaction:
+            self.transaction = None
+        if close or not self._owners:
+            self._checkout.putconn(close)
+
+    def add(self, transaction: Transaction) -> None:
+        """Add the transaction to the owners."""
+        self._owners.append(transaction)
+        self.transaction = transaction
+
+
+class Lease:
+    """What a request holds of a pool: at most one connection, from its first use to the request's end.
+
+    `str()` of it is what messages call the request.
+    """
+
+    is_over = False
+
+    #: Whether the application has returned its body, and goes on in that.
+    is_streaming = False
+
+    #: The request's connection once a transaction shares it.
+    _shared: SharedCheckout | None = None
+
+    #: Whether the transaction began in the body: then nobody else ends it.
+    _is_shared_in_body = False
+
+    #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.
+    _ender = 0
+
+    def __init__(self, pool: Pool, environ: WSGIEnvironment, frame: FrameType | None = None) -> None:
+        self.pool = pool
+        self.environ = environ
+        #: The call into the application's code that is on a stack now, if one is: see `is_running`.
+        self.frame = frame
+        self._thread = get_ident()
+        self.home = local.state
+        self.home.leases[id(pool)] = self  # last: an exception may come between any two lines
+        tasks[self._thread] = self
+
+    def __str__(self) -> str:
+        environ = self.environ
+        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        return f"{environ.get('REQUEST_METHOD', '?')} {path}"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether some thread, or greenlet, runs the request's code: a call into that has not returned."""
+        try:
+            if self.frame is not None:
+                self.frame.clear()  # of a call that has returned; one that has not refuses
+            return False
+        except RuntimeError:
+            return True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the calling thread, or greenlet, runs the request's code: a call into that is on its stack.
+
+        The stack cannot be wrong. A list of calls can: an asynchronous exception leaves what should have been taken
+        out of it, and a greenlet finds what another one of its thread is in.
+        """
+        wanted = self.frame
+        frame: FrameType | None = sys._getframe(1) if wanted is not None else None
+        while frame is not None:
+            if frame is wanted:
+                return True
+            frame = frame.f_back
+        return False
+
+    def enter(self, frame: FrameType) -> Lease | None:
+        """Say that the calling thread runs the request's code in `frame`; return what to give to `leave`."""
+        leases = local.state.leases
+        before = leases.get(id(self.pool))
+        leases[id(self.pool)], self.frame = self, frame
+        return before
+
+    def leave(self, before: Lease | None) -> None:
+        """Say that the calling thread does so no more. Its own request goes on until that has ended."""
+        self.frame = None
+        leases, number = local.state.leases, id(self.pool)
+        if leases.get(number) is self and (leases is not self.home.leases or self.is_over):
+            del leases[number]
+            if before is not None and before is not self and not before.is_over:
+                leases[number] = before
+
+    def begin_body(self) -> None:
+        """Say that the application has returned, and goes on in its body."""
+        self.is_streaming = True
+
+    def pause(self) -> None:
+        """Say that the application's code is left, until the server asks for more of its body."""
+        self.frame = None
+
+    # The connection --------------------------------------------------------------------------------------------------
+
+    def connection(self) -> Connection:
+        """Return the request's connection. Raises PoolError after the request's end, and what `getconn` raises."""
+        raise NotImplementedError
+
+    def shared_connection(self) -> Connection | None:
+        """Return the connection that a transaction shares; None without one, or when it was closed."""
+        if self.is_over:
+            raise PoolError(f"{self}: the request has ended, and its connection was returned")
+        shared = self._shared
+        if shared is not None and shared.conn.closed and shared.transaction is None:
+            self._shared = None
+            shared.let_go(self)
+        return None if self._shared is None else self._shared.conn
+
+    def source(self) -> Pool:
+        """Return the pool that the request's connection comes from."""
+        return self.pool
+
+    def share(self, transaction: Transaction) -> SharedCheckout | None:
+        """Return the request's connection, which goes back when the request and `transaction` have both let go of it.
+
+        None when another transaction has it.
+        """
+        conn = self.shared_connection()
+        if self._shared is None:
+            conn = self.connection() if conn is None else conn
+            self._shared = SharedCheckout(self.pool.checkout(conn), self)
+            self._hand_over()
+        if self._shared.transaction is not None:
+            return None
+        self._shared.add(transaction)
+        self._is_shared_in_body = self.is_streaming
+        return self._shared
+
+    def _hand_over(self) -> None:
+        """Forget the connection: the checkout has it."""
+
+    def connections(self) -> list[Connection]:
+        """Return what the request holds, without getting anything; from any thread."""
+        return [] if self._shared is None else [self._shared.conn]
+
+    def had(self, error: psycopg2.Error) -> bool:
+        """Whether the request had `error` from its connection: one without a cursor is of a closed connection."""
+        conn = error.cursor.connection if error.cursor is not None else None
+        return any(own is conn or (conn is None and own.closed) for own in self.connections())
+
+    def cancel(self) -> None:
+        """Have the query cancelled that the request waits for, if it does. From any thread; does not wait."""
+        if IPoolManagement.providedBy(self.pool):
+            for conn in self.connections():
+                if self.pool.cancel(conn, 0):
+                    log.info("%s: its client has gone, and its query was cancelled", self)
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Return the connection. From any thread; harmless when repeated, and goes on where an exception stopped it."""
+        if self.is_over or self._ender not in (0, get_ident()):
+            return
+        self._ender = get_ident()
+        try:
+            if self._shared is not None:
+                self._end_shared(self._shared)
+            self._give_back()
+        except PoolClosed:
+            pass  # the pool was closed during the request, and its connection with it
+        except PoolError as error:
+            log.warning("%s: the connection could not be returned: %s", self, error)
+        if self.home.leases.get(id(self.pool)) is self:
+            del self.home.leases[id(self.pool)]
+        if tasks.get(self._thread) is self:
+            del tasks[self._thread]
+        self.environ.pop("zpgpool.connection", None)
+        self.frame = None
+        self.is_over = True
+
+    def _give_back(self) -> None:
+        """Return the connection to the pool, if there is one that no transaction shares."""
+
+    def _end_shared(self, shared: SharedCheckout) -> None:
+        transaction = shared.transaction
+        if transaction is not None:
+            if self._is_shared_in_body:
+                transaction.abandon(f"{self} has ended, and this was begun in its body")
+            else:
+                self.home.orphaned.append(transaction)
+                log.warning(
+                    "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
+                    "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
+                    self,
+                    transaction,
+                )
+        self._shared = None
+        shared.let_go(self)
+
+
+class ThreadLease(Lease):
+    """A lease of a persistent pool: the connection is the thread's, however the application asks for it."""
+
+    pool: PersistentPool
+
+    def __init__(self, pool: PersistentPool, environ: WSGIEnvironment, frame: FrameType | None = None) -> None:
+        self._owner = pool.owner()
+        super().__init__(pool, environ, frame)
+        if pool.connection_of(self._owner) is not None:
+            log.warning("%s: its thread had a connection when it began; that is rolled back, and returned", self)
+            pool.putconn_of(self._owner)
+
+    def connection(self) -> Connection:
+        """See `Lease`."""
+        if self._shared is not None or self.is_over:
+            conn = self.shared_connection()
+            if conn is not None:
+                return conn
+        if get_ident() != self._thread:  # a server that iterates the body in another thread than it called the app in
+            conn = self.pool.connection_of(self._owner)
+            if conn is not None:
+                return conn
+            tasks.pop(self._thread, None)
+            self._owner, self._thread = self.pool.owner(), get_ident()
+        return self.pool.getconn()
+
+    def connections(self) -> list[Connection]:
+        """See `Lease`."""
+        conn = self.pool.connection_of(self._owner)
+        return super().connections() if conn is None else [conn]
+
+    def _give_back(self) -> None:
+        self.pool.putconn_of(self._owner, bool(self.environ.get("wsgi.run_once")))
+
+
+class OwnLease(Lease):
+    """A lease of any other pool: the connection is the request's."""
+
+    def _getconn(self) -> Connection:
+        return self.pool.getconn()
+
+    _conn: Connection | None = None
+
+    def connection(self) -> Connection:
+        """See `Lease`."""
+        if self._shared is not None or self.is_over:
+            conn = self.shared_connection()
+            if conn is not None:
+                return conn
+        if self._conn is None or self._conn.closed:
+            self._give_back()
+            self._conn = self._getconn()
+        return self._conn
+
+    def connections(self) -> list[Connection]:
+        """See `Lease`."""
+        return super().connections() if self._conn is None else [self._conn]
+
+    def _hand_over(self) -> None:
+        self._conn = None
+
+    def _give_back(self) -> None:
+        if self._conn is not None:
+            self.pool.putconn(self._conn, close=bool(self.environ.get("wsgi.run_once")))
+            self._conn = None  # after it: what an exception stops is done again
+
+
+class KeyedLease(OwnLease):
+    """A lease of a pool with keys: the connection is got by one, so that it is known to be the thread's.
+
+    Without a key it would belong to whoever refers to it, and a thread that dies in a request leaves the lease behind.
+    """
+
+    pool: KeyedPool
+
+    def _getconn(self) -> Connection:
+        return self.pool.getconn(self)
+
+
+def current_lease(pool: object) -> Lease | None:
+    """Return the lease on `pool` of the request whose code the calling thread runs; None outside of requests."""
+    lease = local.state.leases.get(id(pool))
+    return lease if lease is not None and lease.is_running else None

@@ -1,0 +1,252 @@
+"""Requests that only read: which of them get the replica's pool, and what brings them back to the primary's.
+
+Safe methods are those of RFC 9110, section 9.2.1.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from enum import Enum
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import psycopg2
+from psycopg2 import errorcodes
+from webob.cookies import make_cookie
+
+from ..core import watch
+from ..errors import one_line
+from ..errors import PoolError
+from .lease import Lease
+from .lease import local
+from .lease import SharedCheckout
+from .lease import Transaction
+
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from _typeshed.wsgi import WSGIEnvironment
+    from psycopg2.extensions import connection as Connection
+
+    from ..types import Pool
+    from .response import Headers
+
+
+log = logging.getLogger("zpgpool")
+
+SAFE = ("GET", "HEAD", "OPTIONS")
+
+#: What a request asks for the primary by: a header, and what an unsafe request leaves behind, the time of day of it.
+HEADER = "Zpgpool-Primary"
+COOKIE = "zpgpool-written"
+
+#: How far the clocks of two machines may differ, in seconds.
+SKEW = 1.0
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+
+def is_safe(environ: WSGIEnvironment) -> bool:
+    """Whether the request's method promises to write nothing."""
+    return environ.get("REQUEST_METHOD") in SAFE
+
+
+def has_body(environ: WSGIEnvironment) -> bool:
+    """Whether the request has a body, which can be read once only."""
+    return environ.get("CONTENT_LENGTH", "") not in ("", "0") or "HTTP_TRANSFER_ENCODING" in environ
+
+
+def asks_for_primary(environ: WSGIEnvironment, seconds: float) -> bool:
+    """Whether the request says so, or its client has written within so many seconds."""
+    if environ.get(f"HTTP_{HEADER.upper().replace('-', '_')}", "0") not in ("", "0"):
+        return True
+    # All of that name: there may be one for each path that leads here, and the last write counts.
+    written = re.findall(rf"(?:^|[;\s]){COOKIE}=(\d{{1,12}}(?:\.\d{{1,9}})?)(?=;|\s|$)", environ.get("HTTP_COOKIE", ""))
+    return any(-SKEW <= time.time() - float(at) < seconds for at in written)
+
+
+def with_write_cookie(headers: Headers, environ: WSGIEnvironment, seconds: float) -> Headers:
+    """Return `headers` with the cookie that keeps its client on the primary for so many seconds; 0: without."""
+    if not seconds:
+        return headers
+    cookie = make_cookie(
+        COOKIE,
+        f"{time.time():.3f}",
+        max_age=max(1, round(seconds)),
+        # As the browser has it in its address, which it compares with the path.
+        path=quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")) or "/",
+        secure=environ.get("wsgi.url_scheme") == "https",
+        httponly=True,
+        samesite="Lax",
+    )
+    return [*headers, ("Set-Cookie", cookie)]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+class Fault(Enum):
+    """What an error from a replica says."""
+
+    #: It refuses a write.
+    REFUSED_WRITE = 1
+    #: The query was in the way of its recovery, or the replica has gone.
+    LOST = 2
+    #: Nothing that the primary would not say, too.
+    NONE = 3
+
+
+def classify(error: psycopg2.Error) -> Fault:
+    """Return what `error` says, if a replica has said it.
+
+    PostgreSQL documentation, "Handling Query Conflicts" and "PostgreSQL Error Codes", classes 40 and 57.
+    """
+    if error.pgcode is None:
+        # A plain DatabaseError is what libpq has no message for.
+        is_lost = isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+        return Fault.LOST if is_lost or type(error) is psycopg2.DatabaseError else Fault.NONE
+    if error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION:
+        return Fault.REFUSED_WRITE
+    return Fault.LOST if error.pgcode.startswith(("40", "57P")) else Fault.NONE
+
+
+class ReplicaLease(Lease):
+    """A route over two leases: the replica's as long as that serves the request, the primary's from then on.
+
+    primary, replica -- the two; `is_own` says whether the replica's is this request's: it is not where another filter
+        serves that pool, too.
+    """
+
+    def __init__(self, primary: Lease, replica: Lease, is_own: bool, environ: WSGIEnvironment) -> None:
+        super().__init__(primary.pool, environ, primary.frame)
+        self._primary = primary
+        self._replica = replica
+        self._is_own = is_own
+        self._before: Lease | None = None
+        self.is_reading = True
+        #: Whether the replica has refused a write.
+        self.has_tried_to_write = False
+        #: The last error that was the replica's: its transaction runs again.
+        self._blamed: psycopg2.Error | None = None
+
+    def enter(self, frame: FrameType) -> Lease | None:
+        """See `Lease`."""
+        if self._is_own:
+            self._before = self._replica.enter(frame)
+        self._primary.frame = frame
+        return super().enter(frame)
+
+    def leave(self, before: Lease | None) -> None:
+        """See `Lease`."""
+        self._primary.frame = None
+        if self._is_own:
+            self._replica.leave(self._before)
+        super().leave(before)
+
+    def begin_body(self) -> None:
+        """See `Lease`."""
+        super().begin_body()
+        self._primary.begin_body()
+        if self._is_own:
+            self._replica.begin_body()
+
+    def pause(self) -> None:
+        """See `Lease`."""
+        super().pause()
+        self._primary.pause()
+        if self._is_own:
+            self._replica.pause()
+
+    def connection(self) -> Connection:
+        """See `Lease`: of the replica, if it gives one."""
+        return self._read() or self._primary.connection()
+
+    def source(self) -> Pool:
+        """See `Lease`."""
+        return self._primary.pool if self._read() is None else self._replica.pool
+
+    def _read(self) -> Connection | None:
+        if self.is_over or not self.is_reading:
+            return None
+        try:
+            return self._replica.connection()
+        except psycopg2.Error as error:
+            self.is_reading = False
+            log.warning("%s reads from the primary: %s", self, self._text(error))
+            if not isinstance(error, PoolError):  # which says that it is busy, not that it is lost
+                watch(self._replica.pool).lost(self._text(error))
+        return None
+
+    def share(self, transaction: Transaction) -> SharedCheckout | None:
+        """See `Lease`."""
+        return (self._replica if self.is_reading else self._primary).share(transaction)
+
+    def connections(self) -> list[Connection]:
+        """See `Lease`."""
+        return [*self._replica.connections(), *self._primary.connections()]
+
+    def cancel(self) -> None:
+        """See `Lease`."""
+        self._replica.cancel()
+        self._primary.cancel()
+
+    def may_succeed_on_primary(self, error: psycopg2.Error) -> bool:
+        """Whether `error` is the replica's, so that the request may succeed on the primary. Changes nothing."""
+        if error is self._blamed:
+            return True
+        return self.is_reading and classify(error) is not Fault.NONE and self._replica.had(error)
+
+    def fail_over(self, error: psycopg2.Error) -> None:
+        """Read from the primary from now on, because of `error`."""
+        if not self.is_reading:
+            return
+        self.is_reading, self._blamed = False, error
+        if classify(error) is Fault.REFUSED_WRITE:
+            self.has_tried_to_write = True
+            log.warning(
+                "%s writes, which its method promises not to, and a replica refuses: let it be a POST, or ask for the "
+                "primary with the header %s (%s)",
+                self,
+                HEADER,
+                one_line(error),
+            )
+        else:
+            log.warning("%s: the replica failed: %s", self, self._text(error))
+
+    def _text(self, error: BaseException) -> str:
+        scrub = getattr(self._replica.pool, "scrub", str)
+        return str(scrub(one_line(error)))
+
+    def end(self) -> None:
+        """See `Lease`."""
+        self._blamed = None  # its traceback refers to us
+        try:
+            if self._is_own:
+                self._replica.end()
+        finally:
+            try:
+                self._primary.end()
+            finally:
+                super().end()
+
+
+def current_routes() -> list[ReplicaLease]:
+    """Return the routes of the request whose code the calling thread runs."""
+    leases = list(local.state.leases.values())
+    return [lease for lease in leases if isinstance(lease, ReplicaLease) and lease.is_running]
+
+
+def may_succeed_on_primary(error: psycopg2.Error) -> bool:
+    """Whether the calling thread's request had `error` from a replica, and may succeed on the primary."""
+    return any(route.may_succeed_on_primary(error) for route in current_routes())
+
+
+def fail_over(error: psycopg2.Error) -> None:
+    """Have the calling thread's request read from the primary from now on, if `error` is a replica's."""
+    for route in current_routes():
+        if route.may_succeed_on_primary(error):
+            route.fail_over(error)

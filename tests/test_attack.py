@@ -1,0 +1,775 @@
+"""What an adversary, and the suites of other pools, broke once: each was seen to fail before it was repaired."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import psycopg2
+import pytest
+import transaction
+from psycopg2.extensions import make_dsn
+
+import zpgpool
+from conftest import Call
+from conftest import eventually
+from conftest import in_thread
+from conftest import is_within
+from conftest import Outside
+from conftest import run
+from proxy import Proxy
+from zpgpool.core import timer
+from zpgpool.core.handoff import CONNECTING
+from zpgpool.core.owners import tasks
+from zpgpool.core.timer import MaintenanceTimer
+from zpgpool.core.watchdog import RETURN_LIMIT
+from zpgpool.core.workers import Gate
+from zpgpool.core.workers import start
+from zpgpool.core.workers import Workers
+from zpgpool.datamanager import get_connection as get_transactions_connection
+from zpgpool.demo.server import EmbeddedServer
+from zpgpool.dsn import resolve
+from zpgpool.wsgi import get_connection
+from zpgpool.wsgi import PoolMiddleware
+
+
+MakePool = Callable[..., Any]
+
+SHARED = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
+
+both = pytest.mark.parametrize("factory", SHARED)
+
+
+@pytest.fixture
+def wall() -> Iterator[socket.socket]:
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as wall:
+        yield wall
+
+
+@pytest.fixture
+def proxy(own_server: EmbeddedServer) -> Iterator[Proxy]:
+    proxy = Proxy(own_server.port or 0)
+    yield proxy
+    proxy.is_forwarding = True
+    proxy.close()
+
+
+class TestOneDeadline:
+    def test_a_connect_that_hangs_is_given_up_in_time(self, wall: socket.socket) -> None:
+        """Real time."""
+        pool = zpgpool.ThreadedConnectionPool(0, 2, host="127.0.0.1", port=wall.getsockname()[1], timeout=0.5)
+        start = time.monotonic()
+        with pytest.raises(zpgpool.PoolTimeout, match=r"within 0\.5 s"):
+            pool.getconn()
+        assert is_within(time.monotonic() - start, 1.0)
+        states = [slot.state for slot in pool._connections.handoff.slots]
+        assert states == [CONNECTING]  # it goes on, and counts
+        pool.close(0)
+
+    def test_one_that_hangs_stops_nobody_else(self, own_server: EmbeddedServer, proxy: Proxy) -> None:
+        """Real time: the network loses one connect; the others, and a second one, work."""
+        pool = zpgpool.ThreadedConnectionPool(0, 5, proxy.dsn(own_server.dsn), timeout=10, idle_timeout=60)
+        proxy.is_forwarding = False
+        first = Call(pool.getconn)
+        eventually(lambda: proxy.accepted == 1)
+        lost, proxy._pairs = proxy._pairs, []
+        proxy.is_forwarding = True
+        start = time.monotonic()
+        conns = [call.result() for call in [Call(pool.getconn) for _ in range(3)]]
+        assert is_within(time.monotonic() - start, 2.5)
+        first.result()
+        for conn in conns:
+            pool.putconn(conn)
+        proxy._pairs += lost
+        eventually(lambda: CONNECTING not in [slot.state for slot in pool._connections.handoff.slots])
+        pool.close(0)
+
+    def test_a_connect_that_outlives_its_waiter_is_parked(self, make_pool: MakePool) -> None:
+        go = threading.Event()
+        pool = make_pool(
+            zpgpool.ThreadedConnectionPool, 0, 2, timeout=0.05, idle_timeout=60, configure=lambda conn: go.wait(10)
+        )
+        with pytest.raises(zpgpool.PoolTimeout):
+            pool.getconn()
+        go.set()
+        eventually(lambda: pool.get_stats()["pool_available"] == 1)
+
+    def test_a_waiter_is_served_by_whatever_comes_first(self, make_pool: MakePool) -> None:
+        slow, go = threading.Event(), threading.Event()
+        pool = make_pool(
+            zpgpool.ThreadedConnectionPool,
+            *(1, 2),
+            timeout=20,
+            idle_timeout=60,
+            configure=lambda conn: slow.is_set() and go.wait(10),
+        )
+        conn = pool.getconn()
+        slow.set()
+        waiter = Call(pool.getconn)
+        eventually(lambda: pool.get_stats()["pool_size"] == 2)
+        pool.putconn(conn)
+        assert waiter.result() is conn  # although its own connect is under way
+        go.set()
+        pool.putconn(conn)
+
+    def test_silent_idle_connections_and_a_short_timeout(self, own_server: EmbeddedServer, proxy: Proxy) -> None:
+        """Real time: the ping has the caller's deadline."""
+        pool = zpgpool.ThreadedConnectionPool(2, 2, proxy.dsn(own_server.dsn), timeout=0.5, check_idle=0, timer=None)
+        proxy.is_forwarding = False
+        start = time.monotonic()
+        with pytest.raises(zpgpool.PoolTimeout):
+            pool.getconn()
+        assert is_within(time.monotonic() - start, 1.0)
+        pool.close(0)
+
+    def test_a_timeout_for_each_call(self, make_pool: MakePool) -> None:
+        for factory in SHARED:
+            pool = make_pool(factory, 0, 1, timeout=30)
+            taken = threading.Event()
+            release = threading.Event()
+
+            def hold(pool: Any = pool, taken: Any = taken, release: Any = release) -> None:
+                with pool.connection():
+                    taken.set()
+                    release.wait(20)
+
+            holder = Call(hold)
+            taken.wait(10)
+            start = time.monotonic()
+            for ask in (pool.getconn, lambda timeout, pool=pool: pool.connection(timeout=timeout).__enter__()):
+                with pytest.raises(zpgpool.PoolTimeout):
+                    ask(timeout=0.05)
+            with pytest.raises(ValueError, match="timeout"):
+                pool.getconn(timeout=-1)
+            assert is_within(time.monotonic() - start, 1.0)
+            release.set()
+            holder.result()
+
+    def test_a_rollback_that_hangs_is_seen_and_bounded(
+        self, own_server: EmbeddedServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pool = zpgpool.ThreadedConnectionPool(0, 1, proxy.dsn(own_server.dsn), idle_timeout=60, timer=None)
+        conn = pool.getconn()
+        run(conn, "SELECT 1")
+        proxy.is_forwarding = False
+        returning = Call(pool.putconn, conn)
+        [holder] = eventually(lambda: [each for each in pool.holders() if each.status == "returning"])
+        assert holder.backend_pid
+        pool.run_maintenance(time.monotonic() + RETURN_LIMIT + 1)
+        returning.result(5)
+        assert "and ended" in caplog.text
+        assert pool.holders() == []
+        pool.close(0)
+
+    def test_the_timer_waits_for_no_server(self, own_server: EmbeddedServer, proxy: Proxy) -> None:
+        """Real time: thirty silent connections expire."""
+        pool = zpgpool.ThreadedConnectionPool(0, 30, proxy.dsn(own_server.dsn), idle_timeout=5, timer=None)
+        for conn in [pool.getconn() for _ in range(30)]:
+            pool.putconn(conn)
+        proxy.is_forwarding = False
+        start = time.monotonic()
+        pool.run_maintenance(time.monotonic() + 6)
+        assert is_within(time.monotonic() - start, 0.5)
+        eventually(lambda: pool.get_stats()["pool_size"] == 0, 30)
+        pool.close(0)
+
+    @pytest.mark.parametrize("timeout", ["inf", "nan", "-1", "x"])
+    def test_odd_timeouts_are_refused(self, dsn: str, timeout: str) -> None:
+        with pytest.raises(ValueError, match="option 'timeout'"):
+            zpgpool.ThreadedConnectionPool(0, 1, dsn, timeout=timeout, open=False)
+
+    def test_huge_ones_work(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, timeout=1e10)
+        pool._comers["key"] = found = Gate()
+        waiter = Call(pool.getconn, "key")
+        del pool._comers["key"]
+        found.open()
+        pool.putconn(waiter.result(), "key")
+
+    def test_a_tiny_prune_interval_is_no_busy_loop(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, prune_interval=1e-9, timer=None)
+        keeper = MaintenanceTimer(lambda: 100.0)
+        keeper._thread = threading.current_thread()  # so that none is started: this test calls `run_due`
+        keeper.watch(pool)
+        assert (keeper.run_due(100.0) or 0) >= 100.01
+
+    def test_a_slow_network_condemns_nobody(self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+        slow = psycopg2.connect
+
+        def connect(*args: Any, **keywords: Any) -> Any:
+            conn = slow(*args, **keywords)
+            time.sleep(0.05)
+            return conn
+
+        monkeypatch.setattr("psycopg2.connect", connect)
+        monkeypatch.setattr("zpgpool.core.entry.PING", 0.0)
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        pool.putconn(pool.getconn())
+        [entry] = pool._connections.handoff.slots
+        assert entry.patience >= 0.05
+
+
+class TestStarting:
+    def test_open_and_wait(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 3, 4, open=False, idle_timeout=60)
+        assert pool.get_stats()["pool_size"] == 0
+        pool.open()
+        pool.wait(20)
+        assert pool.get_stats()["pool_size"] == 3
+        eventually(lambda: pool.get_stats()["pool_available"] == 3)
+
+    def test_wait_shows_that_the_server_is_there_also_where_none_is_kept(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, open=False)
+        pool.wait(20)
+        assert pool.get_stats()["connections_num"] == 1
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)
+
+    def test_wait_fails_with_the_error_of_the_connect(self, dsn: str) -> None:
+        pool = zpgpool.ThreadedConnectionPool(1, 2, make_dsn(dsn, dbname="nowhere"), open=False)
+        with pytest.raises(zpgpool.PoolTimeout, match="no 1 connections") as caught:
+            pool.wait(0.3)
+        assert "nowhere" in str(caught.value.__cause__)
+        pool.close()
+
+    def test_wait_raises_what_a_hook_raises(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 2, open=False, configure=lambda conn: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pool.wait(20)
+
+    def test_minconn_is_opened_in_parallel(self, make_pool: MakePool) -> None:
+        """After the first, which shows that the server is there."""
+        first, others = [True], threading.Barrier(7)
+
+        def configure(conn: Any) -> None:
+            if first:
+                first.clear()
+            else:
+                others.wait(10)  # or BrokenBarrierError, unless all seven come here
+
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 8, 8, configure=configure)
+        assert pool.get_stats()["connections_num"] == 8
+
+    def test_a_pool_without_a_name_has_one_and_a_registered_one_that(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool)
+        assert pool.name.startswith("pool-")
+        zpgpool.register_pool(pool, "main")
+        assert pool.name == "main"
+        assert "'main'" in repr(pool)
+        named = make_pool(zpgpool.ThreadedConnectionPool, name="mine")
+        zpgpool.register_pool(named, "theirs")
+        assert named.name == "mine"
+
+    def test_a_pool_that_is_dropped_while_it_connects(self, dsn: str, outside: Outside) -> None:
+        go = threading.Event()
+        pool: Any = zpgpool.ThreadedConnectionPool(1, 2, dsn, open=False, configure=lambda conn: go.wait(10))
+        opener, is_gone = pool._connections.opener, weakref.ref(pool)
+        opener.open_missing(1)
+        eventually(outside.backends)
+        del pool
+        eventually(lambda: is_gone() is None)
+        opener.backoff.succeeded()
+        assert opener.open_missing(2)[0].has_ended.wait(10)  # the next one finds no pool
+        go.set()
+        del opener
+        eventually(lambda: not outside.backends())
+
+
+class TestHooks:
+    @both
+    def test_check_sees_each_user_and_the_first_one(self, make_pool: MakePool, factory: Any) -> None:
+        checks: list[object] = []
+        pool = make_pool(factory, idle_timeout=60, check=checks.append)
+        for _ in range(200):
+            pool.putconn(pool.getconn())
+        assert len(checks) == 200
+
+    def test_a_check_that_ends_in_an_exit_frees_the_slot(self, make_pool: MakePool) -> None:
+        def check(conn: Any) -> None:
+            if len(kept) == 0:
+                raise SystemExit
+
+        kept: list[BaseException] = []
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 1, timeout=5, check=check)
+        with pytest.raises(SystemExit) as caught:
+            pool.getconn()
+        kept.append(caught.value)  # with its traceback
+        pool.putconn(pool.getconn())
+
+    @pytest.mark.parametrize("how", ["hook", "copy"])
+    def test_what_cannot_be_made_clean_is_told_with_the_request(
+        self, make_pool: MakePool, caplog: pytest.LogCaptureFixture, how: str
+    ) -> None:
+        def reset(conn: Any) -> None:
+            run(conn, "SELECT 1")  # and no commit
+
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60, reset=reset if how == "hook" else None)
+
+        def copy(conn: Any) -> None:
+            with open(os.devnull, "w") as null, suppress(psycopg2.Error):
+                conn.cursor().copy_expert("COPY (SELECT pg_sleep(60)) TO STDOUT", null)
+
+        with zpgpool.task("nightly report"):
+            conn = pool.getconn()
+            if how == "copy":
+                Call(copy, conn)
+                eventually(lambda: conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_ACTIVE)
+            pool.putconn(conn)
+        [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert "could not be made clean" in record.getMessage()
+        assert "nightly report" in record.getMessage()
+
+    def test_messages_of_the_server_are_not_for_the_next_user(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, 1, 1, idle_timeout=60, autocommit=True)
+        conn = pool.getconn()
+        run(conn, "DO $$ BEGIN RAISE NOTICE 'mine'; END $$")
+        run(conn, "LISTEN news")
+        run(conn, "NOTIFY news")
+        conn.poll()
+        assert conn.notices
+        assert conn.notifies
+        pool.putconn(conn)
+        assert pool.getconn() is conn
+        assert (conn.notices, conn.notifies) == ([], [])
+        conn.notices = conn.notifies = None  # which would break psycopg2 for the next one
+        pool.putconn()
+        assert (pool.getconn().notices, conn.notifies) == ([], [])
+        pool.putconn()
+
+
+class TestOneOwner:
+    def test_a_connection_without_a_key_is_whose_refers_to_it(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, timer=None)
+        conn = in_thread(pool.getconn)
+        pool.run_maintenance(time.monotonic())
+        assert run(conn, "SELECT 1") == 1  # its first thread has ended
+        [holder] = pool.holders()
+        assert holder.line == "(its thread has ended)"
+        pool.putconn(conn)
+
+    @both
+    def test_a_block_whose_end_was_broken_off_leaves_nothing_to_the_next(
+        self, make_pool: MakePool, factory: Any
+    ) -> None:
+        pool = make_pool(factory, idle_timeout=60)
+        block = pool.connection()
+        conn = block.__enter__()
+        run(conn, "SELECT 1")
+        pool._end_block = lambda key, conn: None  # an exception between two bytecodes of the end
+        block.__exit__(None, None, None)
+        del pool._end_block, block
+        assert len(pool.holders()) == 1
+        with pool.connection() as next_conn:
+            assert next_conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_IDLE
+        assert pool.holders() == []
+
+    def test_tasks_are_nested_and_forgotten(self) -> None:
+        with zpgpool.task("outer"):
+            with zpgpool.task("inner"):
+                assert tasks[threading.get_ident()] == "inner"
+            assert tasks[threading.get_ident()] == "outer"
+        assert threading.get_ident() not in tasks
+
+    def test_callers_of_a_pool_that_was_never_used_do_not_pile_up(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, open=False)
+        for _ in range(500):
+            in_thread(pool.owner)
+        assert len(pool._owners) < 200
+
+    def test_an_error_names_ten_holders_and_counts_the_others(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 12)
+        conns = [pool.getconn() for _ in range(12)]
+        with pytest.raises(zpgpool.PoolTimeout) as caught:
+            pool.getconn()
+        assert str(caught.value).count("thread MainThread") == 10
+        assert str(caught.value).endswith("; and 2 more")
+        for conn in conns:
+            pool.putconn(conn)
+
+
+C_FORK = """
+import ctypes, os, sys, threading
+import zpgpool
+pool = getattr(zpgpool, {kind!r})(1, 2, {dsn!r}, idle_timeout=60)
+conn = pool.getconn()
+before = conn.info.backend_pid
+pool.putconn(conn)
+threading.Event().wait(0.05)
+pid = ctypes.PyDLL(None).fork()  # as C code does: Python's hooks do not run
+if pid == 0:
+    conn = pool.getconn()
+    with conn.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    ok = conn.info.backend_pid != before and zpgpool.core.timer._process == os.getpid()
+    pool.putconn(conn)
+    assert pool.run_maintenance(0.0) is not None
+    os._exit(0 if ok else 1)
+_, status = os.waitpid(pid, 0)
+conn = pool.getconn()
+with conn.cursor() as cursor:
+    cursor.execute("SELECT 1")
+sys.exit(status != 0 or conn.info.backend_pid != before)
+"""
+
+
+class TestOwnProcess:
+    @pytest.mark.parametrize("factory", SHARED)
+    def test_a_fork_that_runs_no_hooks(self, dsn: str, factory: Any) -> None:
+        script = C_FORK.format(kind=factory.__name__, dsn=dsn)
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+
+    def test_each_part_notices_it(self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Here in the parent, for what the child does."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 2, idle_timeout=60, timer=None)
+        finders: list[Callable[[], object]] = [
+            lambda: pool.run_maintenance(time.monotonic()),
+            lambda: pool.putconn(pool.getconn()),
+        ]
+        for find in finders:
+            [entry] = pool._connections.handoff.slots
+            entry.look_at = float("-inf")
+            pool._pid = -1
+            find()
+            assert pool._pid == os.getpid()
+            assert entry not in pool._connections.handoff.slots
+            pool.prune()
+        workers = Workers("test-worker", 1)
+        workers._process = -1
+        workers.run(lambda: None)
+        assert workers._process == os.getpid()
+        own = MaintenanceTimer()
+        own._process = -1
+        own.watch(pool)
+        assert own._process == os.getpid()
+        pool.closeall()
+        eventually(lambda: not own.is_running)
+
+
+class TestWorkers:
+    def test_where_no_thread_can_be_started_the_caller_does_it(self, monkeypatch: pytest.MonkeyPatch, dsn: str) -> None:
+        """At exit, and at a limit of processes."""
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        done = threading.Event()
+        assert start(done.set, "test")  # in the one that was to start it
+        assert done.wait(10)
+        monkeypatch.setattr("_thread.start_new_thread", fail)
+        assert not start(done.set, "test")
+        ran: list[int] = []
+        Workers("no-workers", 1).run(lambda: ran.append(1))
+        assert ran == [1]
+        pool = zpgpool.ThreadedConnectionPool(0, 1, dsn, idle_timeout=60, check_idle=0)
+        for _ in range(2):  # the second time it is to be pinged
+            pool.putconn(pool.getconn())
+        pool.close()
+        assert not timer.is_running or timer._thread is not None
+
+    def test_are_few_and_survive_what_a_task_raises(self, caplog: pytest.LogCaptureFixture) -> None:
+        workers, go = Workers("two-workers", 2), threading.Event()
+        ran: list[int] = []
+        assert workers.try_run(go.wait)
+        assert workers.try_run(go.wait)
+        eventually(lambda: len(workers._threads) == 2 and not workers._idle)
+        assert not workers.try_run(lambda: None)
+
+        def fail() -> None:
+            raise SystemExit("no")
+
+        for number in range(3):
+            workers.run(fail)
+            workers.run(partial(ran.append, number))
+        assert len([each for each in threading.enumerate() if each.name == "two-workers"]) == 2
+        go.set()
+        eventually(lambda: len(ran) == 3)
+        assert caplog.text.count("failed") >= 3
+
+    def test_end_when_there_is_nothing_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Real time."""
+        monkeypatch.setattr("zpgpool.core.workers.IDLE", 0.05)
+        workers = Workers("test-worker", 2)
+        workers.run(lambda: None)
+        eventually(lambda: not workers._threads)
+
+
+class TestCancels:
+    def test_nobody_but_its_user_is_cancelled(self, make_pool: MakePool, outside: Outside) -> None:
+        """A thousand short queries, each of them cancelled at a time of its own, and the next user's never."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 2, timeout=20, idle_timeout=60)
+        end = threading.Event()
+        victims: list[BaseException] = []
+        conns: list[Any] = [None]
+
+        def be_cancelled() -> None:
+            while not end.is_set():
+                with pool.connection() as conn:
+                    conns[0] = conn
+                    try:
+                        run(conn, "SELECT pg_sleep(0.002)")
+                    except psycopg2.errors.QueryCanceled:
+                        pass
+
+        def be_left_alone() -> None:
+            while not end.is_set():
+                with pool.connection() as conn:
+                    if conn is conns[0]:
+                        continue
+                    try:
+                        run(conn, "SELECT pg_sleep(0.001)")
+                    except psycopg2.Error as error:
+                        if conn is not conns[0]:
+                            victims.append(error)
+
+        calls = [Call(be_cancelled), Call(be_left_alone)]
+        for _ in range(300):
+            if conns[0] is not None:
+                pool.cancel(conns[0])
+        end.set()
+        for call in calls:
+            call.result()
+        assert victims == []
+
+    def test_a_connection_that_is_freed_while_it_is_cancelled(self, make_pool: MakePool) -> None:
+        """The handle is a copy: libpq's own would be read while it is freed (SIGSEGV, in 3 of 9 runs of 30 s)."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        for _ in range(50):
+            conn = pool.getconn()
+            [(_, entry)] = pool._users()
+            sending = Call(entry.cancel_handle.send)
+            conn.close()
+            pool.putconn(conn)
+            sending.result()
+
+    def test_one_at_a_time(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool)
+        conn = pool.getconn()
+        [(_, entry)] = pool._users()
+        with entry.cancel_handle._lock:
+            entry.cancel_handle.send()  # another thread does that just now
+        assert not pool.cancel(conn)  # no query runs
+        pool.putconn(conn)
+
+
+class TestSecrets:
+    @pytest.mark.parametrize(
+        "dsn",
+        [
+            "postgresql://app:hunter@ALPHA@host/db",
+            "postgresql://app:123456/ALPHA@host/db",
+            "postgres://app:ALPHA@x@host",
+        ],
+    )
+    def test_a_password_that_libpq_would_split_is_refused_and_not_shown(
+        self, dsn: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(ValueError, match="%40") as caught:
+            zpgpool.ThreadedConnectionPool(0, 1, dsn, open=False)
+        assert "ALPHA" not in str(caught.value) + caplog.text
+
+    @pytest.mark.parametrize("dsn", ["postgresql://app:a%40b@host/db", "postgresql:///db?host=/tmp&user=a@b", "host=a"])
+    def test_others_are_read(self, dsn: str) -> None:
+        zpgpool.ThreadedConnectionPool(0, 1, dsn, open=False)
+
+    def test_the_traceback_of_a_failed_connect_does_not_show_the_connection_string(self, dsn: str) -> None:
+        pool = zpgpool.ThreadedConnectionPool(0, 1, make_dsn(dsn, dbname="nowhere", password="hunter2"), open=False)
+        with pytest.raises(psycopg2.OperationalError) as caught:
+            pool.getconn()
+        trace = caught.value.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename != __file__:
+                assert "hunter2" not in repr(trace.tb_frame.f_locals)
+            trace = trace.tb_next
+
+
+class TestServerBack:
+    def test_minconn_is_refilled_within_a_second_in_real_time(self, own_server: EmbeddedServer) -> None:
+        pool = zpgpool.ThreadedConnectionPool(2, 4, own_server.dsn, idle_timeout=60)
+        own_server.halt()
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)
+        own_server.launch()
+        back = time.monotonic()
+        eventually(lambda: pool.get_stats()["pool_available"] == 2)
+        assert is_within(time.monotonic() - back, 2.0)
+        pool.close()
+
+
+def test_statistics_count_attempts_and_failures(make_pool: MakePool, dsn: str) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=0)
+    conn = pool.getconn()
+    with pytest.raises(zpgpool.PoolTimeout):
+        pool.getconn()
+    stats = pool.get_stats()
+    assert (stats["requests_num"], stats["requests_errors"], stats["connections_num"]) == (2, 1, 1)
+    pool.putconn(conn)
+    down = zpgpool.ThreadedConnectionPool(0, 1, make_dsn(dsn, dbname="nowhere"), open=False)
+    with pytest.raises(psycopg2.OperationalError):
+        down.getconn()
+    stats = down.get_stats()
+    assert (stats["requests_num"], stats["requests_errors"]) == (1, 1)
+    assert (stats["connections_num"], stats["connections_errors"]) == (1, 1)
+
+
+def test_settings_cannot_be_changed_behind_the_pools_back(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
+    with pytest.raises(AttributeError):
+        pool.settings.maxconn = 99
+    pool.resize(0, 2)
+    assert pool.settings.maxconn == pool.maxconn == 2
+
+
+class TestWhatAReviewerBroke:
+    @both
+    def test_a_pool_whose_connections_cannot_be_watched_may_be_resized(self, make_pool: MakePool, factory: Any) -> None:
+        pool = make_pool(
+            factory, 0, 4, idle_timeout=60, connection_factory=lambda *args: psycopg2.extensions.connection(*args)
+        )
+        for size in (5, 6):
+            pool.putconn(pool.getconn())
+            pool.resize(0, size)
+        pool.putconn(pool.getconn())
+
+    def test_a_key_that_another_thread_is_getting_is_waited_for_in_time(self, make_pool: MakePool) -> None:
+        """Real time."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
+        pool._comers["key"] = Gate()
+        start = time.monotonic()
+        with pytest.raises(zpgpool.PoolTimeout):
+            pool.getconn("key", timeout=0.1)
+        assert is_within(time.monotonic() - start, 1.0)
+
+    @both
+    def test_a_block_that_was_interrupted_before_it_knew_its_connection(
+        self, make_pool: MakePool, factory: Any
+    ) -> None:
+        pool = make_pool(factory, idle_timeout=60)
+        getconn = pool.getconn
+
+        def interrupted(*args: Any, **keywords: Any) -> Any:
+            run(getconn(*args, **keywords), "SELECT 1")
+            raise KeyboardInterrupt
+
+        pool.getconn = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            with pool.connection():
+                pass
+        del pool.getconn
+        assert pool.holders() == []
+
+    def test_a_checkout_that_was_interrupted_leaves_the_connection_to_its_thread(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, idle_timeout=60)
+        conn = pool.getconn()
+
+        pool._owners, owners = Interrupting(pool._owners), pool._owners
+        with pytest.raises(KeyboardInterrupt):
+            pool.checkout(conn)
+        pool._owners = owners
+        pool.putconn(conn)
+        assert pool.holders() == []
+
+    def test_an_old_error_is_not_raised_when_the_server_is_there(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, timeout=20, configure=lambda conn: time.sleep(0.05))
+        backoff = pool._connections.backoff
+        backoff.failed(psycopg2.OperationalError("too many, once"))
+        backoff._failed_at -= 60
+        backoff._retry_at = float("-inf")
+        for call in [Call(pool.getconn) for _ in range(3)]:
+            call.result()
+
+    @pytest.mark.parametrize("factory", [*SHARED])
+    def test_an_end_that_was_interrupted_is_finished_by_the_threads_next_request(
+        self, make_pool: MakePool, factory: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = make_pool(factory, 0, 1, idle_timeout=60)
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            run(get_connection(environ), "SELECT 1")
+            start_response("200 OK", [])
+            return [b""]
+
+        def interrupted(*args: Any, **keywords: Any) -> None:
+            raise KeyboardInterrupt
+
+        site: Any = PoolMiddleware(app, pool)
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "putconn" if factory is zpgpool.ThreadedConnectionPool else "putconn_of", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                site(dict(environ), lambda *args: None)
+        assert len(pool.holders()) == 1
+        site(dict(environ), lambda *args: None)
+        assert pool.holders() == []
+        assert "its end was interrupted" in caplog.text
+
+    @both
+    def test_what_a_transaction_does_after_its_savepoint_is_no_other_requests(
+        self, make_pool: MakePool, outside: Outside, factory: Any
+    ) -> None:
+        outside.query("CREATE TABLE rejoined (number int)")
+        pool = make_pool(factory, 0, 2, idle_timeout=60)
+        zpgpool.register_pool(pool)
+
+        def first(environ: Any, start_response: Any) -> list[bytes]:
+            savepoint = transaction.savepoint()
+            run(get_transactions_connection(), "SELECT 1")
+            savepoint.rollback()
+            run(get_transactions_connection(), "INSERT INTO rejoined VALUES (1)")
+            start_response("200 OK", [])
+            return [b""]
+
+        def second(environ: Any, start_response: Any) -> list[bytes]:
+            transaction.commit()
+            start_response("200 OK", [])
+            return [b""]
+
+        for app in (first, second):
+            site: Any = PoolMiddleware(app, pool)
+            site({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *args: None)
+        transaction.abort()
+        assert outside.query("SELECT count(*) FROM rejoined") == [(0,)]
+        assert pool.holders() == []
+        outside.query("DROP TABLE rejoined")
+
+    def test_credentials_that_rotate_are_asked_for_at_each_connect(self, dsn: str) -> None:
+        asked: list[str] = []
+
+        def password() -> str:
+            asked.append("password")
+            return "secret"
+
+        def connection_string() -> str:
+            asked.append("dsn")
+            return dsn
+
+        pool = zpgpool.ThreadedConnectionPool(0, 1, connection_string, password=password)
+        for _ in range(2):
+            pool.putconn(pool.getconn(), close=True)
+        assert asked == ["dsn", "password"] * 2
+        assert "secret" not in repr(vars(pool))
+        pool.close()
+
+    def test_a_connect_has_a_limit_where_nobody_sets_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PGCONNECT_TIMEOUT", raising=False)
+        assert resolve({"host": "a"})["connect_timeout"] == 10
+        assert "connect_timeout" not in resolve({"dsn": "host=a connect_timeout=3"})
+        assert resolve({"dsn": lambda: {"host": "a", "connect_timeout": 3}})["connect_timeout"] == 3
+        monkeypatch.setenv("PGCONNECT_TIMEOUT", "4")
+        assert "connect_timeout" not in resolve({"host": "a"})
+
+
+class Interrupting(set[Any]):
+    def add(self, item: Any) -> None:
+        raise KeyboardInterrupt
