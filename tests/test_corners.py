@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import queue
 import threading
 import time
 import weakref
@@ -16,7 +17,10 @@ import pytest
 
 import zpgpool
 import zpgpool.core.base
+import zpgpool.core.lag
 import zpgpool.core.owners
+import zpgpool.core.workers
+import zpgpool.monitor.history
 from conftest import Call
 from conftest import DEFAULTS
 from conftest import eventually
@@ -30,6 +34,7 @@ from zpgpool.core.handoff import Ticket
 from zpgpool.core.owners import current_frames
 from zpgpool.core.owners import Holder
 from zpgpool.core.workers import Gate
+from zpgpool.core.workers import Workers
 
 
 MakePool = Callable[..., Any]
@@ -543,3 +548,114 @@ def test_idle_connections_are_replaced_at_once_where_there_is_no_room(make_pool:
     before = outside.backends()
     pool.run_maintenance(time.monotonic() + 61)
     eventually(lambda: pool.run_maintenance(time.monotonic() + 1) and len(outside.backends() - before) == 2)
+
+
+class TestWhatTwoThreadsRarelyDo:
+    """Single steps, as another thread would meet them."""
+
+    def test_what_is_judged_for_long_is_not_waited_for(self, pool: Any) -> None:
+        _, entry = parked(pool)
+        entry.state = CLOSING
+        assert pool._connections._is_soon(0, time.monotonic())
+        assert not pool._connections._is_soon(0, -math.inf)
+        entry.state = OPEN
+
+    def test_a_ticket_that_has_just_left_the_queue(self, pool: Any) -> None:
+        ticket: Ticket[Any] = Ticket(0.0)
+        pool._parked.clear()
+        pool._connections.handoff._wait(ticket, -math.inf, lambda ahead: True, time.monotonic)
+        assert not ticket.is_settled
+
+    def test_one_of_several_unordered_ones_was_taken(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool._connections._is_unordered = True
+        monkeypatch.setattr(pool._connections, "_claim", lambda key, entry: False)
+        assert list(pool._connections._claim_idle(math.inf, 5)) == []
+
+    def test_locks_are_renewed_in_a_child(self) -> None:
+        for module in (zpgpool.core.lag, zpgpool.monitor.history):
+            before = module._lock
+            module._renew_lock()
+            assert module._lock is not before
+
+    def test_the_task_of_a_thread_that_lives_is_kept(self) -> None:
+        me = threading.get_ident()
+        with zpgpool.task("mine"):
+            zpgpool.core.owners.forget_tasks([me])
+            assert me in zpgpool.core.tasks
+        zpgpool.core.tasks[-1] = "nobody's"
+        zpgpool.core.owners.forget_tasks([-1, -2])
+        assert -1 not in zpgpool.core.tasks
+
+    def test_frames_where_python_has_no_bug(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("zpgpool.core.owners.HAS_FRAMES_BUG", False)
+        assert threading.get_ident() in current_frames()
+
+    def test_a_connection_that_was_returned_by_another_thread(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, idle_timeout=60)
+        with pool.connection():
+            owner = pool.owner()
+            entry, owner.entry = owner.entry, None
+            original = pool._remove_user
+            pool._remove_user = lambda owner, entry: False
+            owner.entry = entry
+            assert not in_thread(pool.putconn_of, owner)
+            pool._remove_user = original
+        keyed = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        conn = keyed.getconn("key")
+        [(_, used)] = keyed._users()
+        keyed._put_away("other", used)
+        keyed.putconn(conn, "key")
+        assert pool.holders() == keyed.holders() == []
+
+    def test_a_worker_that_finds_work_when_it_is_about_to_end(self) -> None:
+        class Queue:
+            def __init__(self) -> None:
+                self.answers: list[Any] = [None, lambda: done.append(1), None]
+
+            def get(self, timeout: float) -> Any:
+                answer = self.answers.pop(0)
+                if answer is None:
+                    raise queue.Empty
+                return answer
+
+            def empty(self) -> bool:
+                return not self.answers
+
+        done: list[int] = []
+        workers = Workers("never-started", 1)
+        workers._tasks = Queue()  # type: ignore[assignment]
+        workers._work()
+        assert done == [1]
+        workers._threads.add(threading.current_thread())
+        workers._work()  # one too many: it ends at once
+
+    def test_a_thread_that_cannot_be_started_by_the_one_that_was_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        done: list[int] = []
+        zpgpool.core.workers._start(lambda: done.append(1), "started")
+        eventually(lambda: done == [1])
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        zpgpool.core.workers._start(lambda: done.append(2), "not started")
+        assert done == [1, 2]
+
+    def test_a_query_has_a_second_to_end_after_its_cancel(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, hold_limit=10, timer=None)
+        conn = pool.getconn()
+        [(_, entry)] = pool._users()
+        entry.cancel_handle = Silent()
+        user = Call(run, conn, "SELECT pg_sleep(60)")
+        eventually(lambda: entry.is_active)
+        pool.run_maintenance(time.monotonic() + 11)
+        pool.run_maintenance(time.monotonic() + 11.5)
+        assert user.is_running
+        pool.run_maintenance(time.monotonic() + 13)
+        with pytest.raises(psycopg2.Error):
+            user.result(5)
+        pool.putconn()
+
+
+class Silent:
+    def send(self) -> None:
+        """Do not reach the server."""

@@ -135,7 +135,7 @@ def machine(dsn: str) -> type[RuleBasedStateMachine]:
 
 
 def test_the_pool_does_as_the_reference(dsn: str) -> None:
-    run_state_machine_as_test(
+    run_state_machine_as_test(  # type: ignore[no-untyped-call, unused-ignore]  # before hypothesis 6.170
         machine(dsn),
         settings=settings(
             max_examples=60,

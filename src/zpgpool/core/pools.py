@@ -149,8 +149,8 @@ class PersistentConnectionPool(AbstractConnectionPool):
         return True
 
     def _put_away(self, key: Hashable, entry: Entry) -> None:
-        if isinstance(key, ThreadOwner):
-            self.putconn_of(key)
+        assert isinstance(key, ThreadOwner)
+        self.putconn_of(key)
 
     def _users(self) -> list[tuple[Owner, Entry]]:
         held = [(owner, entry) for owner in list(self._owners) if (entry := owner.entry) is not None]
