@@ -73,7 +73,7 @@ def _each(call: Any) -> float:
 def footprint() -> Question:
     """The import's milliseconds, beside psycopg2's own."""
     figures = []
-    for module in ("psycopg2.pool", "zpgpool", "zpgpool.wsgi", "zpgpool.timer", "psycopg_pool", "sqlalchemy.pool"):
+    for module in ("psycopg2.pool", "zpgpool", "zpgpool.wsgi", "zpgpool.core.timer", "psycopg_pool", "sqlalchemy.pool"):
         code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
         times = [float(subprocess.check_output([sys.executable, "-c", code])) * 1000 for _ in range(3 if QUICK else 9)]
         low, _, high = statistics.quantiles(times, n=4)

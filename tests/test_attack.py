@@ -134,6 +134,16 @@ class TestOneDeadline:
         assert is_within(time.monotonic() - start, 1.0)
         pool.close(0)
 
+    def test_an_impatient_user_proves_nothing_about_the_others(self, own_server: EmbeddedServer, proxy: Proxy) -> None:
+        """A ping that had too little time costs its own connection, not all that rested as long."""
+        pool = zpgpool.ThreadedConnectionPool(3, 3, proxy.dsn(own_server.dsn), timeout=30, check_idle=0, timer=None)
+        proxy.is_forwarding = False
+        with pytest.raises(zpgpool.PoolTimeout):
+            pool.getconn(timeout=0.05)
+        proxy.is_forwarding = True
+        assert pool.get_stats()["pool_available"] == 2
+        pool.close(0)
+
     def test_a_timeout_for_each_call(self, make_pool: MakePool) -> None:
         for factory in SHARED:
             pool = make_pool(factory, 0, 1, timeout=30)
@@ -765,6 +775,9 @@ class TestWhatAReviewerBroke:
         monkeypatch.delenv("PGCONNECT_TIMEOUT", raising=False)
         assert resolve({"host": "a"})["connect_timeout"] == 10
         assert "connect_timeout" not in resolve({"dsn": "host=a connect_timeout=3"})
+        assert "connect_timeout" not in resolve({"dsn": "service=a"})
+        assert "connect_timeout" not in resolve({"service": "a"})
+        assert resolve({"dsn": "host=db-service dbname=connect_timeout"})["connect_timeout"] == 10
         assert resolve({"dsn": lambda: {"host": "a", "connect_timeout": 3}})["connect_timeout"] == 3
         monkeypatch.setenv("PGCONNECT_TIMEOUT", "4")
         assert "connect_timeout" not in resolve({"host": "a"})

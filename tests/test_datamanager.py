@@ -31,7 +31,9 @@ from conftest import eventually
 from conftest import in_thread
 from conftest import Outside
 from conftest import run
+from proxy import Proxy
 from zpgpool.datamanager import connection
+from zpgpool.demo.server import EmbeddedServer
 from zpgpool.onephase import DataManager
 from zpgpool.transient import transient_cursor
 from zpgpool.twophase import TwoPhaseDataManager
@@ -797,8 +799,6 @@ class TestTwoPhase:
         return pool
 
     def test_a_server_that_cannot_prepare(self, tmp_path: Any) -> None:
-        from zpgpool.demo.server import EmbeddedServer
-
         with EmbeddedServer(tmp_path / "data", options={"fsync": "off", "max_prepared_transactions": "0"}) as server:
             with pytest.raises(zpgpool.PoolError, match="max_prepared_transactions is 0"):
                 zpgpool.ThreadedConnectionPool(1, 1, server.dsn, twophase=True)
@@ -863,6 +863,62 @@ class TestTwoPhase:
         assert table.rows == [1]
         assert "COMMIT PREPARED was not answered, and is done" in caplog.text
         assert "in doubt" not in caplog.text
+
+    @pytest.mark.parametrize("is_done", [True, False], ids=["prepared", "still preparing"])
+    def test_the_answer_to_prepare_is_lost(
+        self,
+        make_pool: MakePool,
+        own_server: EmbeddedServer,
+        caplog: pytest.LogCaptureFixture,
+        is_done: bool,
+    ) -> None:
+        """A deferred trigger, which runs in PREPARE, holds it until the client has lost its connection."""
+        outside = Outside(own_server.dsn)
+        outside.query(
+            "CREATE TABLE IF NOT EXISTS lost (id int);"
+            "CREATE OR REPLACE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN NULL; END';"
+            "DROP TRIGGER IF EXISTS wait ON lost;"
+            "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON lost DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+        proxy = Proxy(own_server.port or 0)
+
+        def tap(data: bytes) -> None:
+            if is_done and b"PREPARE TRANSACTION" in data:
+                proxy.tap = lambda data: None
+                proxy.is_forwarding = False  # the answer
+
+        def break_it() -> None:
+            active = "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'PREPARE TRANSACTION%'"
+            prepared = "SELECT 1 FROM pg_prepared_xacts"
+            eventually(lambda: bool(outside.query(prepared if is_done else active)))
+            proxy.rst()
+            proxy.is_forwarding = True
+
+        if not is_done:
+            outside.query("SELECT pg_advisory_lock(7)")
+        proxy.tap = tap
+        pool = zpgpool.ThreadedConnectionPool(0, 2, proxy.dsn(own_server.dsn), twophase=True, timer=None)
+        try:
+            zpgpool.register_pool(pool)
+            run(connection(), "INSERT INTO lost VALUES (1)")
+            transaction.get().join(Other())
+            breaking = Call(break_it)
+            with pytest.raises(psycopg2.OperationalError):
+                transaction.commit()
+            transaction.abort()
+            breaking.result()
+            outside.query("SELECT pg_advisory_unlock_all()")
+            assert outside.query("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'PREPARE TRANSACTION%'") == []
+            assert outside.query("SELECT gid FROM pg_prepared_xacts") == []
+            assert ("PREPARE was not answered, but done" in caplog.text) == is_done
+            assert "in doubt" not in caplog.text
+        finally:
+            outside.query("SELECT pg_advisory_unlock_all()")
+            outside.conn.close()
+            pool.close(0)
+            proxy.close()
 
     @pytest.mark.parametrize("ends_by", ["commit", "abort"])
     def test_what_cannot_be_ended_is_in_doubt(

@@ -69,7 +69,7 @@ RUN = {"python", "ini", "xml", "console"}
 SHOWN = {"apache", "nginx", "text", "yaml"}
 
 #: How many blocks of the former cannot be run. Think twice before you add one.
-NOT_RUN = 3
+NOT_RUN = 4
 
 TABLES = """
 DROP TABLE IF EXISTS accounts, keys, orders;
@@ -347,6 +347,8 @@ def test_moving_gives_the_same_before_and_after(desk: Desk) -> None:
             if name in block.text and not _is_there(name):
                 missing(package, f"pip install {package}")
         desk.do(block)
+        if "def total" not in block.text:
+            continue
         total = desk.names["total"]
         assert total() == 42
         assert [Call(total).result() for _ in range(4)] == [42] * 4

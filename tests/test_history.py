@@ -184,7 +184,7 @@ class TestTimes:
 class TestTales:
     def test_of_what_goes_wrong(self, make_pool: MakePool, outside: Outside) -> None:
         begin()
-        pool = make_pool(idle_timeout=60, leak_after=5, timeout=0.05)
+        pool = make_pool(idle_timeout=60, leak_after=5)
         pool._timer = None
         for _ in range(2):
             in_thread(lambda: pool.getconn() and None)
@@ -198,7 +198,7 @@ class TestTales:
         pool.resize(0, 1)
         for _ in range(2):  # each with words of its own
             with pytest.raises(zpgpool.PoolTimeout):
-                in_thread(pool.getconn)
+                in_thread(lambda: pool.getconn(timeout=0.05))
         pool.putconn()
         assert kinds(pool) == [
             ("thread reclaimed", 2),

@@ -23,10 +23,10 @@ from conftest import eventually
 from conftest import Outside
 from zpgpool.__main__ import main
 from zpgpool.datamanager import connection
-from zpgpool.datamanager import FORMAT_ID
 from zpgpool.errors import CommandError
 from zpgpool.recover import list_in_doubt
 from zpgpool.recover import resolve
+from zpgpool.twophase import FORMAT_ID
 
 
 MakePool = Callable[..., Any]

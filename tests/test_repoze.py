@@ -93,7 +93,8 @@ class TestFilterOutside:
             assert books.get(port, "/chunks") == (200, b"done")
         assert rows(outside) == ["/chunks", "/chunks later", "/list"]
         assert pool.holders() == []
-        assert caplog.records == []
+        # Not waitress's own, of requests that wait for a thread on a busy machine.
+        assert [record for record in caplog.records if record.name != "waitress.queue"] == []
 
 
 def app_factory(global_conf: dict[str, str]) -> Any:

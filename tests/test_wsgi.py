@@ -209,6 +209,7 @@ def fetch(port: int, path: str = "/page") -> bytes:
 
 def is_healthy_and_idle(pool: Any) -> bool:
     """Whether nobody holds a connection, and the one that was held is parked clean and works."""
+    eventually(lambda: is_at_rest(pool))  # a connect that took long has another one beside it
     stats = pool.get_stats()
     with pool.connection() as conn:
         was_idle = conn.info.transaction_status == TRANSACTION_STATUS_IDLE

@@ -7,8 +7,6 @@ between is found and resolved by `zpgpool recover`.
 
 from __future__ import annotations
 
-import logging
-from itertools import count
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -31,17 +29,6 @@ if TYPE_CHECKING:
     from zope.interface.registry import Components
 
     from .types import Pool
-
-
-log = logging.getLogger("zpgpool")
-
-#: What tells our prepared transactions from those of others (X/Open XA's "format identifier"): "zpgp".
-FORMAT_ID = 0x7A706770
-
-#: The key of the global transaction id in a transaction's extended info, which ZODB keeps with its commit.
-EXTENDED_INFO = "zpgpool"
-
-_numbers = count(1)
 
 
 def get_connection(name: str = "", tm: Any = None, registry: Components | None = None) -> Connection:

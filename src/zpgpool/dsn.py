@@ -1,6 +1,6 @@
 """Connection strings: checked before libpq reads them, and kept out of messages.
 
-Knows libpq only.
+Knows libpq, and no pool.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def resolve(keywords: Mapping[str, Any]) -> dict[str, Any]:
     if callable(password := resolved.get("password")):
         resolved["password"] = password()
     if "connect_timeout" not in resolved and "PGCONNECT_TIMEOUT" not in os.environ:
-        dsn = resolved.get("dsn") or ""
-        if "connect_timeout" not in dsn and "service" not in dsn:
+        known = {**parse_dsn(resolved.get("dsn") or ""), **resolved}
+        if "connect_timeout" not in known and "service" not in known:
             resolved["connect_timeout"] = CONNECT_TIMEOUT
     return resolved

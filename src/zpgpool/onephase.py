@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zpgpool")
 
-#: What tells our prepared transactions from those of others (X/Open XA's "format identifier"): "zpgp".
-FORMAT_ID = 0x7A706770
-
-#: The key of the global transaction id in a transaction's extended info, which ZODB keeps with its commit.
-EXTENDED_INFO = "zpgpool"
-
 _numbers = count(1)
 
 
@@ -240,7 +234,7 @@ class DataManager:
         return Savepoint(self)
 
     def should_retry(self, error: BaseException) -> bool:
-        """Whether the transaction may succeed when it is run again: a serialization failure, or a deadlock."""
+        """Whether the transaction may succeed when it is run again: see `transient`."""
         return is_retryable(error)
 
 

@@ -67,7 +67,7 @@ def _telling(name: str) -> Any:
 
 
 class _TransientMixin:
-    """The methods that talk to the server; those that fetch do it for a cursor with a name."""
+    """The methods that talk to the server; those that fetch and scroll do it for a cursor with a name."""
 
     execute = _telling("execute")
     executemany = _telling("executemany")
@@ -78,6 +78,7 @@ class _TransientMixin:
     fetchone = _telling("fetchone")
     fetchmany = _telling("fetchmany")
     fetchall = _telling("fetchall")
+    scroll = _telling("scroll")
     __next__ = _telling("__next__")
 
 

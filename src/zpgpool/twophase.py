@@ -7,7 +7,8 @@ import os
 import socket
 import uuid
 from contextlib import closing
-from itertools import count
+from time import monotonic
+from time import sleep
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,24 @@ FORMAT_ID = 0x7A706770
 #: The key of the global transaction id in a transaction's extended info, which ZODB keeps with its commit.
 EXTENDED_INFO = "zpgpool"
 
-_numbers = count(1)
+#: How long a session that was ended may take to end, in seconds.
+ENDED = 5.0
+
+
+def _end_sessions(conn: Connection, query: str) -> None:
+    """End the sessions that run `query` still, though their client is gone: otherwise they could do it later."""
+    conn.autocommit = True
+    deadline = monotonic() + ENDED
+    with conn.cursor(cursor_factory=cursor) as curs:
+        while True:
+            curs.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = %s AND state = 'active'", [query]
+            )
+            if not curs.rowcount:
+                return
+            if monotonic() > deadline:
+                raise psycopg2.OperationalError("the session that prepares does not end")
+            sleep(0.01)
 
 
 class TwoPhaseDataManager(DataManager):
@@ -95,6 +113,7 @@ class TwoPhaseDataManager(DataManager):
         pool: Any = self.pool
         try:
             with closing(pool.open_connection()) as conn:
+                _end_sessions(conn, f"PREPARE TRANSACTION '{self._xid}'")
                 conn.tpc_rollback(self._xid)
             log.warning("%r: PREPARE was not answered, but done; it is rolled back: %s", self.pool, one_line(error))
         except psycopg2.Error as second:

@@ -76,7 +76,7 @@ def get_connection(environ: WSGIEnvironment, name: str = "") -> Connection:
     Raises PoolError when no middleware serves that pool to the request, or the request has ended; and what
     `IConnectionPool.getconn` raises.
     """
-    lease = environ.get(f"zpgpool.lease.{name}" if name else "zpgpool.lease")
+    lease = environ.get(lease_key(name))
     if not isinstance(lease, Lease):
         raise PoolError(f"no PoolMiddleware serves a pool named {name!r} to this request")
     return lease.connection()
@@ -97,7 +97,7 @@ class PoolMiddleware:
 
     Where the pool's settings name a `replica`, requests of safe methods get their connection from that pool.
 
-    The start of a response is held back until there is a part of its body: until then a 503 can take its place.
+    The start of a response is held back until the first part of its body exists. Before that, a 503 can replace it.
 
     A pool for one thread is refused with PoolError when the server says that it runs several.
     """
@@ -159,7 +159,7 @@ class PoolMiddleware:
             if outer is not None:
                 return self._serve_inner(environ, start_response, outer, before)
         if self._has_replica:
-            return self._route(environ, start_response, pool)
+            return self._route(environ, start_response, pool, before)
         return self._serve(environ, start_response, self._lease_class(pool, environ, sys._getframe()), before)
 
     def _find_outer(self, environ: WSGIEnvironment, known: object, pool: Pool) -> Lease | None:
@@ -290,7 +290,9 @@ class PoolMiddleware:
 
     # The replica -----------------------------------------------------------------------------------------------------
 
-    def _route(self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any) -> Iterable[bytes]:
+    def _route(
+        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any, before: object
+    ) -> Iterable[bytes]:
         """Serve a request from the pool's replica, if it may be read from, or else from the pool."""
         settings: PoolSettings = pool.settings
         seconds = settings.primary_after_write
@@ -307,7 +309,7 @@ class PoolMiddleware:
                 wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
                 return with_write_cookie(headers, environ, seconds) if wrote else headers
 
-            return self._serve(environ, start_response, lease, None, begin_again, hook)
+            return self._serve(environ, start_response, lease, before, begin_again, hook)
 
         if not is_safe(environ):
             return serve(lambda: True)
@@ -385,7 +387,7 @@ def _check_threads(pool: Any, environ: WSGIEnvironment) -> None:
 
 
 def _is_demotion(error: psycopg2.Error) -> bool:
-    """Whether the server refuses what the session did not forbid itself: a primary no more (SQLSTATE 25006)."""
+    """Whether the server, not the session's own `readonly`, refused a write (25006): it is no longer a primary."""
     is_ours = error.cursor is not None and error.cursor.connection.readonly
     return error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION and not is_ours
 

@@ -1,4 +1,7 @@
-"""The pool itself: what others may import of it. It imports only the interfaces, settings, errors and events."""
+"""The pool itself: what others may import of it.
+
+It imports only the interfaces, settings, errors, events and connection strings.
+"""
 
 from .base import AbstractConnectionPool
 from .lag import Lag

@@ -50,7 +50,7 @@ class ConnectBackoff:
 
     @property
     def is_hanging(self) -> bool:
-        """Whether a connect that is under way, if one is, hangs: none has begun lately."""
+        """Whether no connect has begun for HANGS seconds: one that is still under way hangs."""
         return self._clock() >= self._tried_at + HANGS
 
     @property
@@ -60,7 +60,7 @@ class ConnectBackoff:
 
     @property
     def is_recent(self) -> bool:
-        """Whether the error tells of now: a later one would have replaced it, while somebody asks."""
+        """Whether the error is recent enough to report: while somebody asks, each failed try replaces it."""
         return self.error is not None and self._clock() < self._failed_at + 2 * LONGEST_PAUSE
 
     def doubt(self) -> None:

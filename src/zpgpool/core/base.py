@@ -5,7 +5,6 @@ Knows nothing of WSGI or of transactions.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -56,15 +55,11 @@ from .session import is_watched
 from .session import watched
 from .timer import MaintenanceTimer
 from .timer import timer as process_timer
+from .users import MANY
 
-
-log = logging.getLogger("zpgpool")
 
 #: How many holders an error names, those that hold longest.
 NAMED = 10
-
-#: How many threads a pool may know before it looks which of them have ended.
-MANY = 64
 
 Self = TypeVar("Self", bound="AbstractConnectionPool")
 
@@ -333,7 +328,7 @@ class AbstractConnectionPool(ManagedPool):
                 return
             now = monotonic()
         entry.since = now
-        # Handoff.park, written out because a call is a tenth of a return: park first, then look at the line.
+        # Handoff.park, written out because a call is a tenth of a return: park first, then look at the queue.
         if self._parked.setdefault(owner, entry) is not entry:
             self._parked[entry] = entry
         if self._queue or now >= self._watch_at:

@@ -1,4 +1,4 @@
-"""The connections of one pool: obtained, judged, made clean. `opener` opens them, `idle` keeps those at rest in order.
+"""The connections of one pool: obtained, judged, taken back. `opener` opens them, `idle` keeps those at rest in order.
 
 Knows nothing of who uses them: what is neither parked nor being judged here is somebody's.
 """
@@ -102,6 +102,8 @@ class Connections(IdleConnections):
             if self._is_fit(entry, now, until if timeout > 0 else NEVER):
                 entry.since, entry.look_at, entry.is_new = now, now + self.moment, False
                 return entry
+            if timeout > 0 and monotonic() >= until:
+                return None
             entry = None
 
     def _next(self, until: float, may_wait: bool) -> Entry | None:
@@ -162,8 +164,10 @@ class Connections(IdleConnections):
             and not entry.ping(min(entry.patience, until - now))
         ):
             self.discard_dead(entry)
-            # What forgot this one, or fell silent, has the others, too; to ask each would cost a deadline each.
-            self.discard_parked("rested beside one that did not answer", now - settings.check_idle, is_dead=True)
+            # What forgot this one, or fell silent, has the others, too; to ask each would cost a deadline each. That
+            # the caller had too little time for an answer says nothing about them.
+            if entry.patience <= until - now or monotonic() < until:
+                self.discard_parked("rested beside one that did not answer", now - settings.check_idle, is_dead=True)
         elif settings.check is not None and not self._passes_check(entry, settings.check):
             self.discard_dead(entry)
         else:

@@ -1,4 +1,4 @@
-"""One connection of a pool: its times, whether it lives, and how it becomes clean again.
+"""One connection of a pool: its times, whether it lives, and how it is reset.
 
 Knows nothing of the pool, of other entries, or where the time comes from.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import select
 import socket
@@ -43,8 +42,6 @@ from .session import session_of
 from .session import untouch
 from .workers import cancellers
 
-
-log = logging.getLogger("zpgpool")
 
 #: How many times a readable socket is emptied before its connection is given up. One read takes what a server sends
 #: to an idle session (a NOTIFY, a changed parameter, a TLS ticket); a server that is gone is known after two.
@@ -340,9 +337,10 @@ class Entry(Slot):
 
 
 def hang_up(entries: Iterable[Entry]) -> None:
-    """End the queries that run on `entries`, so that closing them does not wait; in `CANCEL` seconds at most.
+    """End the queries that run on `entries`, so that closing them does not wait.
 
     The server is asked to cancel: otherwise it would count the session until the query is done. Then the socket ends.
+    Takes `CANCEL` and `CANCELLED` seconds at most.
     """
     busy = [entry for entry in entries if entry.is_active]
     cancel(busy)

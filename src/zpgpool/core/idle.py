@@ -196,7 +196,7 @@ class IdleConnections:
 
     def _claim(self, key: object, entry: Entry) -> bool:
         """Take `entry` from its home, if it is still there."""
-        # Before it is ours: a checkout that may not wait must never see it neither at rest nor on its way.
+        # Before it is ours: a checkout that may not wait must always see it either at rest or on its way.
         entry.state = CHECKING
         claimed = self._parked.pop(key, None)
         if claimed is entry:

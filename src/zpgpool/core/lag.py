@@ -81,7 +81,7 @@ class Lag:
             return
         if is_level or not is_standby:
             self._level_at = start
-        # The last commit may be old because there was none since; then the last time without a rest tells more.
+        # The last commit may be old because there was none since: the last moment with nothing to replay tells more.
         behind = min(start - self._level_at, float("inf") if since_replayed is None else max(0.0, since_replayed))
         self.seconds = behind if behind < float("inf") else None
         self.trouble = "" if self.seconds is not None else "it has replayed nothing, and receives nothing"
@@ -136,5 +136,5 @@ def watch(pool: Any) -> Lag:
 
 
 def lag_of(pool: Any) -> Lag | None:
-    """Return the lag of `pool`; None where nobody reads from it in another one's slot."""
+    """Return the lag of `pool`; None if no pool uses it as its replica."""
     return _lags.get(pool)

@@ -69,8 +69,8 @@ class ManagedPool(Users):
         """See `IPoolManagement`."""
         for _, entry in self._users():
             if entry.connection() is conn and entry.is_active:
-                # Expired first: what was returned before has another time now, what is returned after is closed. So
-                # nobody else has the connection when the server hears of this.
+                # Expired first. If it was returned before this, `since` has changed; if it is returned after this, it
+                # is closed. So nobody else has the connection when the server hears of this.
                 since = entry.since
                 entry.expire_now()
                 return entry.since == since and cancel([entry], timeout) > 0

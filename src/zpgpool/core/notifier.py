@@ -1,6 +1,6 @@
 """What a pool tells others: events to subscribers, each wait and use to observers.
 
-Holds the pool weakly, as all that a pool's own parts have of it.
+Holds the pool weakly, like every part of a pool.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Notifier:
             notify(make(pool, *details))
 
     def waited(self, seconds: float) -> None:
-        """Tell the observers of a wait in the line."""
+        """Tell the observers of a wait in the queue."""
         self._call(lambda observer: observer.waited(seconds))
 
     def used(self, seconds: float) -> None:

@@ -44,7 +44,7 @@ class Opener:
 
     connect -- opens a connection; returns None when its pool is no more.
     publish -- gives a new entry to its first user; gets the entry, when its connect began, and how long that took.
-    failed -- is told of a connect that failed.
+    notifier -- is told of a connect that failed.
     lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage
         collector: it must not take a lock.
     in_background -- whether other threads may open connections.
@@ -73,7 +73,10 @@ class Opener:
         self._lock = threading.Lock()  # only for the counter: nothing that is called under it can call us
 
     def fill(self) -> None:
-        """Open connections until one is on its way for each waiter, as far as there is room. One that hangs is not."""
+        """Open connections until one is on its way for each waiter, as far as there is room.
+
+        A connect that hangs does not count as on its way.
+        """
         waiter: list[Ticket[Entry]] = []
 
         def may_fill(connecting: int) -> bool:
@@ -161,7 +164,7 @@ class Opener:
             entry.begin(monotonic(), monotonic() - begun)
         except BaseException as error:
             return self._give_up(entry, error.with_traceback(None), monotonic() - begun)
-        entry.waiter = None  # whose answer may be this entry: a circle would keep it, were it lost
+        entry.waiter = None  # the ticket may hold this entry as its answer: a cycle would keep it, were it lost
         del conn  # or this frame would keep it alive when its first user has lost it
         self._publish(entry, begun, monotonic() - begun)
         return None

@@ -227,11 +227,16 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             owner.uses += 1
             winner = self._used.setdefault(key, entry)
             if winner is not entry:
+                self._share(winner, owner)
                 self._give_back(owner, entry, close=False)
             return winner.conn
         finally:
             self._comers.pop(key, None)
             mine.open()
+
+    def _share(self, entry: Entry, owner: ThreadOwner) -> None:
+        if entry.owner is not owner and owner not in entry.sharers:
+            entry.sharers = (*entry.sharers, owner)
 
     def _conn_of(self, key: Hashable, owner: ThreadOwner) -> Connection | None:
         """Return the connection that `key` has; the owner uses it, too, from now on."""
@@ -239,8 +244,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
         if entry is None:
             return None
         if not entry.conn.closed:
-            if entry.owner is not owner and owner not in entry.sharers:
-                entry.sharers = (*entry.sharers, owner)
+            self._share(entry, owner)
             return entry.conn
         if self._remove(key, entry):
             self._connections.discard(entry, "its user closed it")

@@ -1,4 +1,4 @@
-"""Who uses a pool's connections: the table of users, their blocks, and what those leave who are no more."""
+"""Who uses a pool's connections: the table of users, their blocks, and what dead threads leave behind."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Users(ABC):
     def _begin_block(self, key: Hashable) -> LifeToken | None:
         """Return the token of a `connection()` block that is the outermost of `key`; None for an inner one.
 
-        The block keeps it alive. So a token that is no more tells of a block whose end an exception has broken off:
-        what that left is put away first.
+        The block keeps it alive. So a dead token means that an exception broke off the block's end: its connection is
+        returned first.
         """
         outer, entry = self._blocks.get(key), self._entry_of(key)
         if outer is not None and outer() is None and entry is not None:

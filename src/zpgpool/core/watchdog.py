@@ -49,7 +49,7 @@ def end_held_too_long(users: Users, settings: PoolSettings, notifier: Notifier, 
         if now - since < limit:
             continue
         if entry.ended != since:
-            # Expired first: what was returned before has another time now, what is returned after is closed.
+            # Expired first. If it was returned before this, `since` has changed; if it is returned after, it is closed.
             entry.expire_now()
             if entry.since != since:
                 continue
@@ -71,10 +71,10 @@ def _limit(entry: Entry, settings: PoolSettings) -> float:
 
 def due_times(users: Users, settings: PoolSettings, now: float) -> Iterator[float]:
     """Yield when to look again (monotonic seconds)."""
-    if settings.leak_after:
-        yield now + settings.leak_after
-    # Exactly, for those of now; whoever comes later cannot be over the limit before the second.
-    yield now + min(settings.hold_limit or NEVER, RETURN_LIMIT)
+    # The loop gives exact times for present holders. Later ones cannot exceed the limit before this time.
+    yield now + min(settings.leak_after or NEVER, settings.hold_limit or NEVER, RETURN_LIMIT)
     for _, entry in users:
+        if settings.leak_after and entry.reported != entry.since:
+            yield max(entry.since + settings.leak_after, now)
         end = entry.since + _limit(entry, settings)
         yield end if entry.ended != entry.since else max(end + CANCEL, now + CANCEL)

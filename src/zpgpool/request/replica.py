@@ -1,4 +1,4 @@
-"""Requests that only read: which of them get the replica's pool, and what brings them back to the primary's.
+"""Requests that only read: by what `wsgi` tells whether one may read from the replica, and what follows a write.
 
 Safe methods are those of RFC 9110, section 9.2.1.
 """
@@ -39,7 +39,7 @@ log = logging.getLogger("zpgpool")
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 
-#: What a request asks for the primary by: a header, and what an unsafe request leaves behind, the time of day of it.
+#: Two ways to get the primary: this header, or this cookie, which holds the time of the client's last write.
 HEADER = "Zpgpool-Primary"
 COOKIE = "zpgpool-written"
 
