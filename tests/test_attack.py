@@ -210,10 +210,10 @@ class TestOneDeadline:
 
     def test_a_tiny_prune_interval_is_no_busy_loop(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, prune_interval=1e-9, timer=None)
-        keeper = MaintenanceTimer(lambda: 100.0)
-        keeper._thread = threading.current_thread()  # so that none is started: this test calls `run_due`
-        keeper.watch(pool)
-        assert (keeper.run_due(100.0) or 0) >= 100.01
+        timer = MaintenanceTimer(lambda: 100.0)
+        timer._thread = threading.current_thread()  # so that none is started: this test calls `run_due`
+        timer.watch(pool)
+        assert (timer.run_due(100.0) or 0) >= 100.01
 
     def test_a_slow_network_condemns_nobody(self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = psycopg2.connect

@@ -28,7 +28,7 @@ IDLE = 8
 
 
 @pytest.fixture(autouse=True)
-def no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests call `run_maintenance` themselves."""
     monkeypatch.setitem(DEFAULTS, "timer", None)
 
@@ -363,7 +363,7 @@ class TestServerDown:
         assert stats["connections_num"] - stats["connections_errors"] <= 2 + 4
         pool.closeall()
 
-    def test_the_keeper_refills_when_it_is_back(
+    def test_the_timer_refills_when_it_is_back(
         self, own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
     ) -> None:
         pool = zpgpool.ThreadedConnectionPool(2, 4, own_server.dsn, idle_timeout=60)

@@ -64,7 +64,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def idle_keeper(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MaintenanceTimer:
+def idle_timer(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MaintenanceTimer:
     """A timer whose thread does nothing: the test calls `run_due`."""
     monkeypatch.setattr(MaintenanceTimer, "_run", lambda self: None)
     return MaintenanceTimer(clock)
@@ -75,10 +75,10 @@ def timer() -> Iterator[MaintenanceTimer]:
     """A timer with its thread, in real time."""
     timer = MaintenanceTimer()
     yield timer
-    eventually(lambda: not [thread for thread in keepers() if thread not in BEFORE])
+    eventually(lambda: not [thread for thread in timer_threads() if thread not in BEFORE])
 
 
-def keepers() -> list[threading.Thread]:
+def timer_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "zpgpool-timer"]
 
 
@@ -88,106 +88,106 @@ BEFORE: list[threading.Thread] = []
 @pytest.fixture(autouse=True)
 def before() -> None:
     """The timer of the process may be running for pools of other modules."""
-    BEFORE[:] = keepers()
+    BEFORE[:] = timer_threads()
 
 
 class TestTimes:
-    def test_a_watched_pool_is_due_at_once(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_watched_pool_is_due_at_once(self, idle_timer: MaintenanceTimer) -> None:
         pool = Fake(150.0)
-        idle_keeper.watch(pool)
-        assert idle_keeper.run_due(100.0) == 150.0
+        idle_timer.watch(pool)
+        assert idle_timer.run_due(100.0) == 150.0
         assert pool.times == [100.0]
 
-    def test_and_again_when_it_says(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_and_again_when_it_says(self, idle_timer: MaintenanceTimer) -> None:
         pool = Fake(150.0, 170.0)
-        idle_keeper.watch(pool)
+        idle_timer.watch(pool)
         for now in (100.0, 149.9, 150.0, 169.9, 171.0):
-            idle_keeper.run_due(now)
+            idle_timer.run_due(now)
         assert pool.times == [100.0, 150.0, 171.0]
 
-    def test_the_next_time_is_the_earliest_of_all_pools(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_the_next_time_is_the_earliest_of_all_pools(self, idle_timer: MaintenanceTimer) -> None:
         pools = [Fake(150.0, 190.0), Fake(130.0, 180.0), Fake(170.0)]
         for pool in pools:
-            idle_keeper.watch(pool)
-        assert idle_keeper.run_due(100.0) == 130.0
-        assert idle_keeper.run_due(130.0) == 150.0
-        assert idle_keeper.run_due(160.0) == 170.0
+            idle_timer.watch(pool)
+        assert idle_timer.run_due(100.0) == 130.0
+        assert idle_timer.run_due(130.0) == 150.0
+        assert idle_timer.run_due(160.0) == 170.0
         assert [pool.times for pool in pools] == [[100.0, 160.0], [100.0, 130.0], [100.0]]
 
-    def test_there_is_no_next_time_without_a_pool(self, idle_keeper: MaintenanceTimer) -> None:
-        assert idle_keeper.run_due(100.0) is None
+    def test_there_is_no_next_time_without_a_pool(self, idle_timer: MaintenanceTimer) -> None:
+        assert idle_timer.run_due(100.0) is None
 
-    def test_a_pool_that_says_never_is_not_tended_again(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_pool_that_says_never_is_not_tended_again(self, idle_timer: MaintenanceTimer) -> None:
         closed, other = Fake(None), Fake(150.0)
-        idle_keeper.watch(closed)
-        idle_keeper.watch(other)
-        assert idle_keeper.run_due(100.0) == 150.0
-        idle_keeper.run_due(10_000.0)
+        idle_timer.watch(closed)
+        idle_timer.watch(other)
+        assert idle_timer.run_due(100.0) == 150.0
+        idle_timer.run_due(10_000.0)
         assert closed.times == [100.0]
 
     def test_hurry_makes_it_due_and_watching_it_again_does_not(
-        self, idle_keeper: MaintenanceTimer, clock: Clock
+        self, idle_timer: MaintenanceTimer, clock: Clock
     ) -> None:
         pool = Fake(150.0, None)
-        idle_keeper.watch(pool)
-        idle_keeper.run_due(100.0)
+        idle_timer.watch(pool)
+        idle_timer.run_due(100.0)
         clock.now = 120.0
-        idle_keeper.watch(pool)
-        assert idle_keeper.run_due(120.0) == 150.0
-        idle_keeper.hurry(pool)
-        assert idle_keeper.run_due(120.0) is None
+        idle_timer.watch(pool)
+        assert idle_timer.run_due(120.0) == 150.0
+        idle_timer.hurry(pool)
+        assert idle_timer.run_due(120.0) is None
         assert pool.times == [100.0, 120.0]
 
-    def test_a_pool_may_be_watched_from_within_another_ones_round(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_pool_may_be_watched_from_within_another_ones_round(self, idle_timer: MaintenanceTimer) -> None:
         late = Fake(150.0)
 
         class Opens(Fake):
             def run_maintenance(self, now: float) -> float | None:
-                idle_keeper.watch(late)
+                idle_timer.watch(late)
                 return super().run_maintenance(now)
 
         pool = Opens(None)
-        idle_keeper.watch(pool)
-        assert idle_keeper.run_due(100.0) == 100.0
-        assert idle_keeper.run_due(100.0) == 150.0
+        idle_timer.watch(pool)
+        assert idle_timer.run_due(100.0) == 100.0
+        assert idle_timer.run_due(100.0) == 150.0
 
 
 class TestExceptions:
     @pytest.mark.parametrize("error", [RuntimeError("boom"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
     def test_are_logged_and_the_pool_is_tried_again_a_second_later(
-        self, idle_keeper: MaintenanceTimer, caplog: pytest.LogCaptureFixture, error: BaseException
+        self, idle_timer: MaintenanceTimer, caplog: pytest.LogCaptureFixture, error: BaseException
     ) -> None:
         """Pitfall 19."""
         pool = Fake(error, 150.0)
-        idle_keeper.watch(pool)
-        assert idle_keeper.run_due(100.0) == 100.0 + TRY_AGAIN
-        assert idle_keeper.run_due(100.0 + TRY_AGAIN) == 150.0
+        idle_timer.watch(pool)
+        assert idle_timer.run_due(100.0) == 100.0 + TRY_AGAIN
+        assert idle_timer.run_due(100.0 + TRY_AGAIN) == 150.0
         (record,) = caplog.records
         assert record.getMessage() == "the maintenance of a pool failed; next try in 1 s"
         assert record.exc_info is not None
         assert record.exc_info[1] is error
 
     def test_of_one_pool_do_not_touch_the_others(
-        self, idle_keeper: MaintenanceTimer, caplog: pytest.LogCaptureFixture
+        self, idle_timer: MaintenanceTimer, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Pitfall 19."""
         pools = [Fake(SystemExit()), Fake(150.0), Fake(RuntimeError())]
         for pool in pools:
-            idle_keeper.watch(pool)
-        idle_keeper.run_due(100.0)
+            idle_timer.watch(pool)
+        idle_timer.run_due(100.0)
         assert [pool.times for pool in pools] == [[100.0]] * 3
         assert len(caplog.records) == 2
 
 
 class TestReferences:
-    def test_a_pool_is_held_weakly(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_pool_is_held_weakly(self, idle_timer: MaintenanceTimer) -> None:
         pool = Fake()
-        idle_keeper.watch(pool)
-        idle_keeper.run_due(100.0)
+        idle_timer.watch(pool)
+        idle_timer.run_due(100.0)
         del pool
-        assert idle_keeper.run_due(100.0) is None
+        assert idle_timer.run_due(100.0) is None
 
-    def test_a_pool_that_goes_during_a_round_is_left_out(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_pool_that_goes_during_a_round_is_left_out(self, idle_timer: MaintenanceTimer) -> None:
         pools: dict[str, Fake] = {}
 
         class Drops(Fake):
@@ -196,35 +196,35 @@ class TestReferences:
                 return super().run_maintenance(now)
 
         first = Drops(150.0)
-        idle_keeper.watch(first)
+        idle_timer.watch(first)
         pools["other"] = Fake(120.0)
-        idle_keeper.watch(pools["other"])
-        assert idle_keeper.run_due(100.0) == 150.0
+        idle_timer.watch(pools["other"])
+        assert idle_timer.run_due(100.0) == 150.0
 
-    def test_a_pool_that_is_forgotten_during_a_round_is_not_tended(self, idle_keeper: MaintenanceTimer) -> None:
+    def test_a_pool_that_is_forgotten_during_a_round_is_not_tended(self, idle_timer: MaintenanceTimer) -> None:
         pools: list[Fake] = []
 
         class Ends(Fake):
             def run_maintenance(self, now: float) -> float | None:
                 for pool in pools:
-                    idle_keeper._due.pop(pool, None)  # as its own end would
+                    idle_timer._due.pop(pool, None)  # as its own end would
                 return super().run_maintenance(now)
 
         first, second = Ends(None), Fake()
         pools.append(second)
-        idle_keeper.watch(first)
-        idle_keeper.watch(second)
-        idle_keeper.run_due(100.0)
+        idle_timer.watch(first)
+        idle_timer.watch(second)
+        idle_timer.run_due(100.0)
         assert second.times == []
 
 
 class TestThread:
     def test_there_is_none_before_there_is_a_pool(self) -> None:
         """Pitfall 19."""
-        before = keepers()  # now: the pools of other tests may end theirs, and begin one, at any time
+        before = timer_threads()  # now: the pools of other tests may end theirs, and begin one, at any time
         timer = MaintenanceTimer()
         assert not timer.is_running
-        assert keepers() == before
+        assert timer_threads() == before
 
     def test_is_a_daemon_with_a_name_and_tends_in_real_time(self, timer: MaintenanceTimer) -> None:
         pool = Fake(0.0, 0.0, None)
@@ -240,7 +240,9 @@ class TestThread:
             timer.watch(pool)
         eventually(lambda: all(pool.times for pool in pools))
         # Two were started, maybe: the second one ends at once.
-        (thread,) = eventually(lambda: len(new := [each for each in keepers() if each not in BEFORE]) == 1 and new)
+        (thread,) = eventually(
+            lambda: len(new := [each for each in timer_threads() if each not in BEFORE]) == 1 and new
+        )
         assert thread.daemon
         self.end(timer, pools)
 
@@ -334,7 +336,7 @@ class TestThread:
 
 class TestRealPools:
     @pytest.fixture(autouse=True)
-    def own_keeper(self, timer: MaintenanceTimer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_timer(self, timer: MaintenanceTimer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(DEFAULTS, "timer", timer)
 
     def test_a_pool_is_tended_in_real_time_and_not_after_it_was_closed(
@@ -366,7 +368,7 @@ class TestRealPools:
     def test_no_thread_is_there_before_the_first_connection(self, make_pool: MakePool, timer: MaintenanceTimer) -> None:
         """Pitfall 19."""
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, prune_interval=0.05)
-        assert keepers() == BEFORE
+        assert timer_threads() == BEFORE
         pool.putconn(pool.getconn())
         eventually(lambda: timer.is_running)
         pool.closeall()

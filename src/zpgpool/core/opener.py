@@ -42,7 +42,7 @@ class Opening:
 class Opener:
     """Opens connections for the waiters of `handoff`, and up to a number.
 
-    connect -- opens a connection; returns None when its pool is no more.
+    connect -- opens a connection; returns None when its pool was garbage-collected.
     publish -- gives a new entry to its first user; gets the entry, when its connect began, and how long that took.
     notifier -- is told of a connect that failed.
     lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage

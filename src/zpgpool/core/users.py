@@ -98,7 +98,7 @@ class Users(ABC):
     def _put_away(self, key: Hashable, entry: Entry) -> None:
         """Put away what is in use under `key`, if that is still `entry`."""
 
-    # Those who are no more -------------------------------------------------------------------------------------------
+    # Threads that have ended, connections that were lost --------------------------------------------------------------
 
     def _reap(self) -> None:
         """Close what threads that have ended still held, so that the server rolls back; free what was lost."""
@@ -131,4 +131,4 @@ class Users(ABC):
 
     @abstractmethod
     def _on_lost(self, ref: weakref.ref[Connection]) -> None:
-        """A connection object is no more. Called by the garbage collector: takes no lock, logs nothing."""
+        """Note that a connection object is lost. Called by the garbage collector: takes no lock, logs nothing."""

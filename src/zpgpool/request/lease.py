@@ -163,7 +163,7 @@ class Lease:
         return before
 
     def leave(self, before: Lease | None) -> None:
-        """Say that the calling thread does so no more. Its own request goes on until that has ended."""
+        """Say that the calling thread no longer does so. Its own request goes on until that has ended."""
         self.frame = None
         leases, number = local.state.leases, id(self.pool)
         if leases.get(number) is self and (leases is not self.home.leases or self.is_over):
