@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from psycopg2.extensions import connection as Connection
 from ..errors import one_line
 from ..settings import PoolSettings
 from .entry import CLOSED
+from .entry import cut_late
 from .entry import Entry
 from .entry import hang_up
 from .entry import MOMENT
@@ -36,6 +38,7 @@ from .notifier import weakly
 from .opener import Opener
 from .owners import who
 from .session import set_up
+from .workers import cancellers
 
 
 log = logging.getLogger("zpgpool")
@@ -281,4 +284,10 @@ class Connections(IdleConnections):
         # From the list of all slots: one that is in a thread's hands at this moment stands in no table.
         entries = [entry for entry in self.handoff.slots if entry.is_open]
         hang_up(entries)
-        self._discard_all(entries, "the pool is closed")
+        # To `hang_up` a thread between its BEGIN and its query is idle; closing would then wait for the query.
+        is_done = threading.Event()
+        cancellers.run(partial(cut_late, entries, is_done))
+        try:
+            self._discard_all(entries, "the pool is closed")
+        finally:
+            is_done.set()

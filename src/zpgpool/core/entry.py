@@ -352,6 +352,13 @@ def hang_up(entries: Iterable[Entry]) -> None:
         entry.cut()
 
 
+def cut_late(entries: Iterable[Entry], is_done: threading.Event) -> None:
+    """End the sockets of `entries` if something is not done within `CANCEL` seconds."""
+    if not is_done.wait(CANCEL):
+        for entry in entries:
+            entry.cut()
+
+
 def cancel(entries: Iterable[Entry], timeout: float = CANCEL) -> int:
     """Ask the server to end the queries that run on `entries`, and wait for so long until it is told.
 
