@@ -21,6 +21,8 @@ except ImportError as error:
     raise ImportError(f"zpgpool.datamanager needs the extra zpgpool[transaction]: {error}") from None
 
 from .onephase import DataManager
+from .twophase import EXTENDED_INFO as EXTENDED_INFO
+from .twophase import FORMAT_ID as FORMAT_ID
 from .twophase import TwoPhaseDataManager
 
 

@@ -22,14 +22,14 @@ from typing import Any
 
 import psycopg2
 
+from .datamanager import EXTENDED_INFO
+from .datamanager import FORMAT_ID
 from .dsn import check_dsn
 from .dsn import read_environment
 from .dsn import scrub
 from .errors import CommandError
 from .errors import one_line
 from .settings import SettingError
-from .twophase import EXTENDED_INFO
-from .twophase import FORMAT_ID
 
 
 #: A transaction was begun at most this long before it was prepared, in ZODB's eyes: how far back its commits are read.
