@@ -203,10 +203,11 @@ class TestOneDeadline:
     def test_huge_ones_work(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, timeout=1e10)
         pool._comers["key"] = found = Gate()
-        waiter = Call(pool.getconn, "key")
+        # It returns its connection itself: the timer reclaims what an ended thread holds.
+        waiter = Call(lambda: pool.putconn(pool.getconn("key"), "key"))
         del pool._comers["key"]
         found.open()
-        pool.putconn(waiter.result(), "key")
+        waiter.result()
 
     def test_a_tiny_prune_interval_is_no_busy_loop(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, prune_interval=1e-9, timer=None)
@@ -506,7 +507,7 @@ class TestWorkers:
         assert len([each for each in threading.enumerate() if each.name == "two-workers"]) == 2
         go.set()
         eventually(lambda: len(ran) == 3)
-        assert caplog.text.count("failed") >= 3
+        eventually(lambda: caplog.text.count("failed") >= 3)  # the other thread may not have logged its own yet
 
     def test_end_when_there_is_nothing_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Real time."""

@@ -183,7 +183,7 @@ class Lease:
 
     def connection(self) -> Connection:
         """Return the request's connection. Raises PoolError after the request's end, and what `getconn` raises."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of pool has a lease of its own, which says how
 
     def shared_connection(self) -> Connection | None:
         """Return the connection that a transaction shares; None without one, or when it was closed."""
