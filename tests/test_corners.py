@@ -33,6 +33,7 @@ from zpgpool.core.handoff import OPEN
 from zpgpool.core.handoff import Ticket
 from zpgpool.core.owners import current_frames
 from zpgpool.core.owners import Holder
+from zpgpool.core.session import Messages
 from zpgpool.core.workers import Gate
 from zpgpool.core.workers import Workers
 
@@ -659,3 +660,25 @@ class TestWhatTwoThreadsRarelyDo:
 class Silent:
     def send(self) -> None:
         """Do not reach the server."""
+
+
+def test_who_was_ended_is_told_of_once(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, hold_limit=5, timer=None)
+    conn = pool.getconn()
+    now = time.monotonic()
+    for seconds in (5.1, 5.2, 7):
+        pool.run_maintenance(now + seconds)
+    assert caplog.text.count("held for over 5 s, and ended") == 1
+    with pytest.raises(psycopg2.Error):
+        conn.cursor().execute("SELECT 1")
+    pool.putconn(conn)
+    assert pool.get_stats()["pool_size"] == 0
+
+
+def test_a_message_may_come_after_its_connection(dsn: str) -> None:
+    conn = psycopg2.connect(dsn)
+    messages = Messages(conn)
+    conn.close()
+    del conn
+    messages.append("too late")
+    assert list(messages) == ["too late"]
