@@ -203,6 +203,13 @@ class Outside:
         rows = self.query("SELECT state FROM pg_stat_activity WHERE pid = %s", pid)
         return rows[0][0] if rows else None
 
+    def runs(self, sql: str) -> bool:
+        """Whether the server runs a query of the test's that begins so: not its BEGIN, which came before."""
+        what = (
+            "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND starts_with(query, %s) AND application_name = %s"
+        )
+        return bool(self.query(what, sql, self.application_name))
+
     def terminate(self, *pids: int) -> None:
         """End these backends, or all of the test's, and wait until they are gone."""
         doomed = set(pids) or self.backends()

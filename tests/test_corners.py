@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -31,7 +32,8 @@ from zpgpool.core.entry import hang_up
 from zpgpool.core.handoff import CLOSING
 from zpgpool.core.handoff import OPEN
 from zpgpool.core.handoff import Ticket
-from zpgpool.core.owners import current_frames
+from zpgpool.core.lines import current_lines
+from zpgpool.core.lines import is_users
 from zpgpool.core.owners import Holder
 from zpgpool.core.session import Messages
 from zpgpool.core.workers import Gate
@@ -151,7 +153,7 @@ def test_where_a_thread_that_has_ended_is(make_pool: MakePool) -> None:
     owner = in_thread(pool.owner)
     with pool.connection():
         [(_, entry)] = pool._users()
-        holder = Holder.of(owner, entry, time.monotonic(), current_frames())
+        holder = Holder.of(owner, entry, time.monotonic(), current_lines())
     assert holder.line == "(its thread has ended)"
     assert holder.request == ""
 
@@ -456,17 +458,17 @@ def test_the_ends_of_lifetimes_gone_by_are_forgotten(make_pool: MakePool) -> Non
 
 def test_a_forked_child_has_a_lock_of_its_own_for_frames(pool: Any) -> None:
     """Another thread of the parent may have been in `holders()`: here in the parent, for what the child does."""
-    lock = zpgpool.core.owners._frames_lock
+    lock = zpgpool.core.lines._frames_lock
     with lock:
-        zpgpool.core.owners._is_collector_off = True
+        zpgpool.core.lines._is_collector_off = True
         gc.disable()
-        zpgpool.core.owners._renew_frames_lock()
+        zpgpool.core.lines._renew_frames_lock()
         assert gc.isenabled()
-        assert zpgpool.core.owners._frames_lock is not lock
+        assert zpgpool.core.lines._frames_lock is not lock
         conn = pool.getconn()
         assert len(pool.holders()) == 1
         pool.putconn(conn)
-    zpgpool.core.owners._renew_frames_lock()
+    zpgpool.core.lines._renew_frames_lock()
     assert gc.isenabled()
 
 
@@ -521,7 +523,7 @@ def test_a_refill_that_is_overtaken_by_close_is_silent(make_pool: MakePool, capl
         raise RuntimeError("not today")
 
     for expected in (1, 1):
-        pools.append(make_pool(zpgpool.ThreadedConnectionPool, 1, 2, open=False, configure=fail))
+        pools.append(make_pool(zpgpool.ThreadedConnectionPool, 1, 2, open=False, configure=fail, timer=None))
         with pytest.raises(RuntimeError):
             pools[0]._connections.refill()
         assert caplog.text.count("cannot connect: not today") == expected
@@ -588,8 +590,8 @@ class TestWhatTwoThreadsRarelyDo:
         assert -1 not in zpgpool.core.tasks
 
     def test_frames_where_python_has_no_bug(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("zpgpool.core.owners.HAS_FRAMES_BUG", False)
-        assert threading.get_ident() in current_frames()
+        monkeypatch.setattr("zpgpool.core.lines.HAS_FRAMES_BUG", False)
+        assert threading.get_ident() in current_lines()
 
     def test_a_connection_that_was_returned_by_another_thread(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.PersistentConnectionPool, idle_timeout=60)
@@ -682,3 +684,38 @@ def test_a_message_may_come_after_its_connection(dsn: str) -> None:
     del conn
     messages.append("too late")
     assert list(messages) == ["too late"]
+
+
+class TestWhereAThreadIs:
+    def test_the_user_s_own_line_comes_first(self, make_pool: MakePool) -> None:
+        with make_pool(zpgpool.PersistentConnectionPool) as pool, pool.connection():
+            [holder] = pool.holders()
+        users, inside = holder.line.split(", inside ")
+        assert users.startswith(f"{__file__}:")
+        assert users.endswith(" in test_the_user_s_own_line_comes_first")
+        assert inside.endswith(" in _current_frames")
+
+    def test_of_a_thread_without_a_line_of_the_user_s(self) -> None:
+        thread = threading.Thread(target=(gate := threading.Event()).wait)
+        thread.start()
+        try:
+            assert thread.ident is not None
+            assert "inside" not in current_lines()[thread.ident]
+        finally:
+            gate.set()
+            thread.join()
+
+    @pytest.mark.parametrize(
+        ("path", "expected"),
+        [
+            ("/srv/shop/views.py", True),
+            ("/srv/venv/lib/python3.12/site-packages/flask/app.py", False),
+            ("/usr/lib/python3/dist-packages/psycopg2/extras.py", False),
+            (threading.__file__, False),
+            ("<frozen importlib._bootstrap>", False),
+            (zpgpool.__file__, False),
+            (str(Path(zpgpool.__file__).parent / "demo" / "app.py"), True),
+        ],
+    )
+    def test_whose_a_file_is(self, path: str, expected: bool) -> None:
+        assert is_users(path) is expected

@@ -249,7 +249,9 @@ class Desk:
                 return False
 
         eventually(has_answered, 60)
-        assert matches(expected, path.read_text()), path.read_text()
+        # On a busy machine waitress says that requests wait for a thread.
+        said = "".join(line for line in path.read_text().splitlines(True) if "Task queue depth is" not in line)
+        assert matches(expected, said), said
 
     def stop(self) -> None:
         """Stop the server, if there is one."""

@@ -533,6 +533,7 @@ def test_an_end_that_is_interrupted_gives_back_what_was_read_from(
     make_main: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_main()
+    eventually(lambda: site().get("/").text == "standby")
     end = Lease.end
 
     def interrupt(lease: Lease) -> None:

@@ -50,7 +50,7 @@ class TestHoldLimit:
                 run(conn, "SELECT pg_sleep(60)")
 
         stuck = Call(sleep)
-        eventually(lambda: any(holder.status == "in a query" for holder in pool.holders()))
+        eventually(lambda: outside.runs("SELECT pg_sleep(60)"))
         now = time.monotonic()
         assert pool.run_maintenance(now) <= now + 10  # comes again in time
         pool.run_maintenance(now + 9)

@@ -42,11 +42,11 @@ from .entry import NEVER_YET
 from .handoff import Closed
 from .handoff import LOOK_AGAIN
 from .handoff import QueueFull
+from .lines import current_lines
 from .management import ManagedPool
 from .notifier import Notifier
 from .notifier import weakly
 from .owners import Checkout
-from .owners import current_frames
 from .owners import Holder
 from .owners import LifeToken
 from .owners import OwnerLocal
@@ -305,8 +305,8 @@ class AbstractConnectionPool(ManagedPool):
     def _timed_out(self, timeout: float, waited: float) -> PoolTimeout:
         what = f"no connection came free within {waited:.1f} s" if timeout else "connection pool exhausted"
         busy = sorted(self._busy(), key=lambda each: each[1].since)
-        now, frames = monotonic(), current_frames()
-        named = "; ".join(str(Holder.of(owner, entry, now, frames)) for owner, entry in busy[:NAMED])
+        now, lines = monotonic(), current_lines()
+        named = "; ".join(str(Holder.of(owner, entry, now, lines)) for owner, entry in busy[:NAMED])
         more = f"; and {len(busy) - NAMED} more" if len(busy) > NAMED else ""
         return PoolTimeout(f"{what}: {self!r}, {len(self._queue)} more waiting. Held by {named or 'nobody'}{more}")
 

@@ -19,8 +19,8 @@ from .entry import CANCEL
 from .entry import cancel
 from .entry import Entry
 from .handoff import Ticket
+from .lines import current_lines
 from .notifier import Notifier
-from .owners import current_frames
 from .owners import Holder
 from .owners import Waiter
 from .timer import MaintenanceTimer
@@ -57,13 +57,13 @@ class ManagedPool(Users):
     def holders(self) -> list[Holder]:
         """See `IPoolManagement`."""
         self.check_process()
-        now, frames = monotonic(), current_frames()
-        return [Holder.of(owner, entry, now, frames) for owner, entry in self._busy()]
+        now, lines = monotonic(), current_lines()
+        return [Holder.of(owner, entry, now, lines) for owner, entry in self._busy()]
 
     def waiters(self) -> list[Waiter]:
         """See `IPoolManagement`."""
-        now, frames = monotonic(), current_frames()
-        return [Waiter.of(ticket.thread, now - ticket.since, frames) for ticket in list(self._queue)]
+        now, lines = monotonic(), current_lines()
+        return [Waiter.of(ticket.thread, now - ticket.since, lines) for ticket in list(self._queue)]
 
     def cancel(self, conn: Connection, timeout: float = CANCEL) -> bool:
         """See `IPoolManagement`."""

@@ -7,9 +7,6 @@ mod_wsgi, C code): the thread's end drops its token.
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
@@ -35,6 +31,8 @@ from .entry import Entry
 from .entry import LifeToken as LifeToken
 from .entry import Owner
 from .handoff import RETURNING
+from .lines import current_lines
+from .lines import ENDED
 
 
 # What threads work on -------------------------------------------------------------------------------------------------
@@ -66,7 +64,7 @@ def forget_tasks(numbers: Iterable[int]) -> None:
     """Forget what threads worked on that have ended in the middle of it; not where their number has a new thread."""
     left = [number for number in numbers if number in tasks]
     if left:
-        alive = sys._current_frames()
+        alive = current_lines()
         for number in left:
             if number not in alive:
                 tasks.pop(number, None)
@@ -135,51 +133,6 @@ class Checkout:
 
 # Reports --------------------------------------------------------------------------------------------------------------
 
-#: CPython's issue 106883: a garbage collection inside `sys._current_frames()` may wait for ever for a lock that a
-#: thread has which is just being started.
-HAS_FRAMES_BUG = sys.version_info[:2] == (3, 11) and sys.version_info < (3, 11, 9)
-
-_frames_lock = threading.RLock()
-
-#: Whether the collector is off because of us.
-_is_collector_off = False
-
-
-def _renew_frames_lock() -> None:
-    """In a forked child: another thread of the parent may have held the lock."""
-    global _frames_lock, _is_collector_off
-    _frames_lock = threading.RLock()
-    if _is_collector_off:
-        _is_collector_off = False
-        gc.enable()
-
-
-os.register_at_fork(after_in_child=_renew_frames_lock)
-
-
-def current_frames() -> dict[int, FrameType]:
-    """Return where each thread is now, by its number: once for a whole report."""
-    global _is_collector_off
-    if not HAS_FRAMES_BUG:
-        return sys._current_frames()
-    with _frames_lock:
-        was_enabled = gc.isenabled()
-        try:
-            _is_collector_off = was_enabled
-            gc.disable()
-            return sys._current_frames()
-        finally:
-            if was_enabled:
-                gc.enable()
-            _is_collector_off = False
-
-
-def line_of(frame: FrameType | None) -> str:
-    """Return the source line that a thread is at: `file:number in function`."""
-    if frame is None:
-        return "(its thread has ended)"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-
 
 @implementer(IWaiter)
 @dataclass(frozen=True)
@@ -192,10 +145,10 @@ class Waiter:
     line: str
 
     @classmethod
-    def of(cls, thread: threading.Thread, seconds: float, frames: dict[int, FrameType]) -> Waiter:
+    def of(cls, thread: threading.Thread, seconds: float, lines: dict[int, str]) -> Waiter:
         """Return what is known of a thread that has waited for so long."""
         number = thread.ident or 0
-        return cls(thread.name, max(0.0, seconds), str(tasks.get(number, "")), line_of(frames.get(number)))
+        return cls(thread.name, max(0.0, seconds), str(tasks.get(number, "")), lines.get(number, ENDED))
 
 
 STATUS = {
@@ -219,7 +172,7 @@ class Holder:
     line: str
 
     @classmethod
-    def of(cls, owner: Owner, entry: Entry, now: float, frames: dict[int, FrameType]) -> Holder:
+    def of(cls, owner: Owner, entry: Entry, now: float, lines: dict[int, str]) -> Holder:
         """Return what is known at `now` (monotonic seconds), without asking the server."""
         status, backend_pid = "lost", 0
         conn = entry.connection()
@@ -228,10 +181,10 @@ class Holder:
             backend_pid = 0 if conn.closed else entry.backend_pid
         if entry.state == RETURNING:
             status = "returning"
-        request, frame = "", None
+        request, line = "", ENDED
         if owner.is_alive:
-            request, frame = str(tasks.get(owner.ident, "")), frames.get(owner.ident)
-        return cls(owner.name, max(0.0, now - entry.since), status, backend_pid, request, line_of(frame))
+            request, line = str(tasks.get(owner.ident, "")), lines.get(owner.ident, ENDED)
+        return cls(owner.name, max(0.0, now - entry.since), status, backend_pid, request, line)
 
     def __str__(self) -> str:
         parts = [self.request, self.status, f"backend {self.backend_pid}", f"at {self.line}"]

@@ -12,8 +12,8 @@ from .entry import Entry
 from .entry import NEVER
 from .entry import Owner
 from .handoff import RETURNING
+from .lines import current_lines
 from .notifier import Notifier
-from .owners import current_frames
 from .owners import Holder
 from .workers import cancellers
 
@@ -34,7 +34,7 @@ def report_leaks(users: Users, settings: PoolSettings, notifier: Notifier, now: 
     for owner, entry in users:
         if now - entry.since >= leak_after and entry.reported != entry.since:
             entry.reported = entry.since
-            holder = Holder.of(owner, entry, now, current_frames())
+            holder = Holder.of(owner, entry, now, current_lines())
             log.warning("%s: held for over %g s by %s", notifier, leak_after, holder)
             notifier.leaked(holder)
 
@@ -54,7 +54,7 @@ def end_held_too_long(users: Users, settings: PoolSettings, notifier: Notifier, 
             if entry.since != since:
                 continue
             entry.ended = since
-            holder = Holder.of(owner, entry, now, current_frames())
+            holder = Holder.of(owner, entry, now, current_lines())
             log.error("%s: held for over %g s, and ended: %s", notifier, limit, holder)
             is_query = entry.is_active and entry.state != RETURNING
             if is_query and cancellers.try_run(entry.cancel_handle.send):
