@@ -417,6 +417,7 @@ def test_a_request_in_flight_begins_again(
     make_main: Any, level: Pair, kind: Any, inner: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_main(kind)
+    eventually(lambda: site().get("/").text == "standby")
     Opened.closed = 0
     request = Call(site(inner).get, "/slow")
     eventually(lambda: [holder for holder in pools()[1].holders() if holder.status == "in a query"])
