@@ -28,10 +28,10 @@ from conftest import eventually
 from conftest import in_thread
 from conftest import Outside
 from conftest import run
-from zpgpool.core.entry import hang_up
 from zpgpool.core.handoff import CLOSING
 from zpgpool.core.handoff import OPEN
 from zpgpool.core.handoff import Ticket
+from zpgpool.core.hangup import hang_up
 from zpgpool.core.lines import current_lines
 from zpgpool.core.lines import is_users
 from zpgpool.core.owners import Holder
@@ -166,7 +166,7 @@ def test_a_socket_that_never_falls_silent_is_given_up(pool: Any) -> None:
 
 def test_a_place_goes_by_those_who_have_left_the_line(pool: Any) -> None:
     handoff = pool._connections.handoff
-    gone: list[Ticket[Any]] = [Ticket(0.0), Ticket(0.0)]
+    gone: list[Ticket[Any]] = [Ticket(0.0, 0.0), Ticket(0.0, 0.0)]
     for ticket in gone:
         ticket.settle(None)
         handoff.queue.append(ticket)
@@ -224,7 +224,7 @@ def test_who_may_not_wait_does_not_wait_for_another_ones_connect(pool: Any) -> N
     pool.drain()
     handoff = pool._connections.handoff
     connecting = handoff.reserve()
-    handoff.queue.append(Ticket(0.0))  # whom it is for
+    handoff.queue.append(Ticket(0.0, 0.0))  # whom it is for
     with pytest.raises(zpgpool.PoolTimeout, match="exhausted"):
         pool.getconn()
     handoff.queue.clear()
@@ -564,9 +564,9 @@ class TestWhatTwoThreadsRarelyDo:
         entry.state = OPEN
 
     def test_a_ticket_that_has_just_left_the_queue(self, pool: Any) -> None:
-        ticket: Ticket[Any] = Ticket(0.0)
+        ticket: Ticket[Any] = Ticket(0.0, -math.inf)
         pool._parked.clear()
-        pool._connections.handoff._wait(ticket, -math.inf, lambda ahead: True, time.monotonic)
+        pool._connections.handoff._wait(ticket, lambda ahead: True, time.monotonic)
         assert not ticket.is_settled
 
     def test_one_of_several_unordered_ones_was_taken(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:

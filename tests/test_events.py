@@ -227,6 +227,6 @@ def test_nothing_is_told_of_a_pool_that_is_gone(told: list[Any]) -> None:
     del pool
     gc.collect()
     notifier.leaked(None)  # type: ignore[arg-type]
-    notifier.cannot_connect(psycopg2.OperationalError())
+    notifier.cannot_connect(psycopg2.OperationalError(), 0.0)
     assert told == []
     assert str(notifier) == "None"

@@ -326,7 +326,7 @@ class TestWaiting:
         """The waiter gives up between the giver's look at the queue and the giving."""
         handoff = new(1)
         slot = filled(handoff)
-        gone: Ticket[Number] = Ticket(0.0)
+        gone: Ticket[Number] = Ticket(0.0, 0.0)
         gone.settle(None)
         handoff.queue.append(gone)
         handoff.park("a", slot)
@@ -338,7 +338,7 @@ class TestWaiting:
         slot = filled(handoff)
         waiters = [self.wait(handoff) for _ in range(3)]
         handoff.fail(lambda: ZeroDivisionError("one"), handoff.queue[1])
-        handoff.fail(lambda: ZeroDivisionError("one"), Ticket(0.0))  # which has left
+        handoff.fail(lambda: ZeroDivisionError("one"), Ticket(0.0, 0.0))  # which has left
         with pytest.raises(ZeroDivisionError):
             waiters[1].result()
         for waiter in (waiters[0], waiters[2]):

@@ -260,9 +260,9 @@ def instrumented(handoff: Handoff[Number], scheduler: Scheduler) -> None:
     handoff.parked, handoff.queue, handoff._lock = Dict(), Line(), NoLock()
     original = handoff._join
 
-    def join(ticket: Any, max_waiting: int | None) -> None:
+    def join(ticket: Any, max_waiting: int | None, has_room: bool) -> None:
         ticket.wakeup = Bell()
-        original(ticket, max_waiting)
+        original(ticket, max_waiting, has_room)
 
     handoff._join = join  # type: ignore[method-assign]  # the bell is a point where threads are switched, too
 

@@ -369,7 +369,7 @@ class TestServerDown:
         pool = zpgpool.ThreadedConnectionPool(2, 4, own_server.dsn, idle_timeout=60)
         own_server.halt()
         eventually(lambda: pool.run_maintenance(time.monotonic()) and "cannot connect" in caplog.text)
-        assert pool.get_stats()["pool_size"] == 0
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)
         own_server.launch()
         eventually(lambda: pool.run_maintenance(time.monotonic()) and pool.get_stats()["pool_size"] == 2, 3)
         pool.closeall()

@@ -32,6 +32,7 @@ PROMISED = {
     "idle_timeout",
     "timeout",
     "max_waiting",
+    "outage_wait",
     "max_lifetime",
     "check",
     "check_idle",
@@ -42,6 +43,7 @@ PROMISED = {
     "readonly",
     "pooler",
     "twophase",
+    "verify_commit",
     "replica",
     "primary_after_write",
     "max_lag",
@@ -58,6 +60,7 @@ IN_FILES = {
     "idle_timeout": 600,
     "timeout": 30,
     "max_waiting": None,
+    "outage_wait": 10,
     "max_lifetime": 3600,
     "check_idle": 1,
     "prune_interval": 30,
@@ -65,7 +68,7 @@ IN_FILES = {
 }
 
 #: ... and to Python, where they differ.
-IN_PYTHON = {"idle_timeout": 0, "timeout": 0, "max_lifetime": None}
+IN_PYTHON = {"idle_timeout": 0, "timeout": 0, "outage_wait": 0, "max_lifetime": None}
 
 
 def refuse(name: str, value: object) -> str:

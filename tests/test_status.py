@@ -330,6 +330,11 @@ def test_text_of_others_is_made_fit_to_read(text: str, shown: str) -> None:
             "1 of 4 connections in use; 1 request waits, for 3.0 s.",
         ),
         ({"last_connect_error": "gone"}, "bad", "The last connect failed: gone"),
+        (
+            {"last_connect_error": "gone", "outage_seconds": 3.2, "waiting": 2},
+            "bad",
+            "The server cannot be reached for 3.2 s; 2 wait for it: gone",
+        ),
         ({"is_closed": True, "last_connect_error": "gone"}, "bad", "The pool is closed."),
         ({"lag": {"trouble": "gone"}}, "warn", "The replica is lost: gone"),
     ],
@@ -338,6 +343,7 @@ def test_a_pool_in_one_sentence(changes: dict[str, Any], mood: str, words: str) 
     pool = {
         "is_closed": False,
         "last_connect_error": "",
+        "outage_seconds": None,
         "lag": None,
         "used": 1,
         "idle": 2,

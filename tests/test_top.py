@@ -93,6 +93,7 @@ class TestOnce:
             "kind": "K",
             "is_closed": False,
             "last_connect_error": "",
+            "outage_seconds": None,
             "used": 2,
             "idle": 0,
             "max": 2,

@@ -1436,7 +1436,7 @@ def exhausted(pool: Any) -> Iterator[None]:
     has_checkout, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with pool.connection() as conn:
+        with pool.connection(timeout=20) as conn:  # the test's own timeout may be shorter than a connect
             run(conn, "SELECT 1")
             has_checkout.set()
             release.wait(20)

@@ -51,14 +51,14 @@ CONFIGURE = f"""<configure
     "".join(
         f'<browser:page for="OFS.interfaces.IApplication" name="{name}" class="zope_pages.{view}"'
         ' permission="zope2.Public" />'
-        for name, view in [*((page, "Page") for page in PAGES), ("books", "Books")]
+        for name, view in [*((page, "Page") for page in PAGES), ("books", "Books"), ("outage", "Outage")]
     )
 }
 </configure>
 """
 
 OVERRIDES = f"""<configure xmlns:zpgpool="http://namespaces.zope.org/zpgpool">
-  <zpgpool:pool dsn="ENV:BOOKS_DSN" maxconn="{MAXCONN}" idle_timeout="none" />
+  <zpgpool:pool dsn="ENV:BOOKS_DSN" maxconn="{MAXCONN}" idle_timeout="none" verify_commit="true" />
 </configure>
 """
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from Products.Five.browser import BrowserView
 from zope.interface import implementer
+from zope.publisher.interfaces import IPublishTraverse
 from ZPublisher.Iterators import IStreamIterator
 
 import books
+import outages
 import zpgpool
 from conftest import run
 from zpgpool.datamanager import connection
@@ -53,6 +55,22 @@ class Page(BrowserView):  # type: ignore[misc]
         books.store_row(conn, key)
         if attempt == 0 and is_late:
             barrier.wait(20)
+
+
+@implementer(IPublishTraverse)
+class Outage(BrowserView):  # type: ignore[misc]
+    """Reads, or writes what the path names: for the load of test_outages.py."""
+
+    names: tuple[str, ...] = ()
+
+    def publishTraverse(self, request: Any, name: str) -> Outage:
+        self.names += (name,)
+        return self
+
+    def __call__(self) -> str:
+        do = outages.read if self.request.method == "GET" else outages.write
+        do(connection(), "/".join(["", *self.names]))
+        return "done"
 
 
 @implementer(IStreamIterator)

@@ -10,6 +10,7 @@ from .core import PersistentConnectionPool
 from .core import SimpleConnectionPool
 from .core import task
 from .core import ThreadedConnectionPool
+from .errors import CommitInDoubt
 from .errors import PoolClosed
 from .errors import PoolError
 from .errors import PoolTimeout
@@ -23,6 +24,7 @@ from .registry import unregister_pool
 
 __all__ = [
     "AbstractConnectionPool",
+    "CommitInDoubt",
     "PersistentConnectionPool",
     "PoolClosed",
     "PoolError",

@@ -34,12 +34,32 @@ class TooManyRequests(PoolError):
     __module__ = "zpgpool"
 
 
+class CommitInDoubt(psycopg2.DatabaseError):
+    """The answer to a COMMIT was lost, and it is not known whether it was done: look before it is done again.
+
+    xid -- the number of the transaction, as text; empty when it was not asked for (setting `verify_commit`).
+    """
+
+    __module__ = "zpgpool"
+
+    def __init__(self, message: str, xid: str = "") -> None:
+        super().__init__(message)
+        self.xid = xid
+
+
 class SettingError(ValueError):
     """An option is unknown, missing, or has a value that it cannot have."""
 
 
 class CommandError(Exception):
     """What a command of `zpgpool` cannot do, in one line."""
+
+
+def database_error(error: BaseException | None) -> psycopg2.Error | None:
+    """Return psycopg2's error that is the cause of `error`, or is that itself; None if it has another cause."""
+    while error is not None and not isinstance(error, psycopg2.Error):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from .interfaces import IConnectFailed
 from .interfaces import IConnectionClosed
 from .interfaces import IConnectionLeaked
 from .interfaces import IConnectionOpened
+from .interfaces import IOutageBegan
+from .interfaces import IOutageEnded
 from .interfaces import IRequestTimedOut
 
 
@@ -64,6 +66,25 @@ class ConnectFailed(PoolEvent):
         super().__init__(pool)
         self.error = error
         self.seconds = seconds
+
+
+@implementer(IOutageBegan)
+class OutageBegan(PoolEvent):
+    """See `IOutageBegan`."""
+
+    def __init__(self, pool: ObservedPool, error: psycopg2.OperationalError) -> None:
+        super().__init__(pool)
+        self.error = error
+
+
+@implementer(IOutageEnded)
+class OutageEnded(PoolEvent):
+    """See `IOutageEnded`."""
+
+    def __init__(self, pool: ObservedPool, seconds: float, waiting: int) -> None:
+        super().__init__(pool)
+        self.seconds = seconds
+        self.waiting = waiting
 
 
 @implementer(IRequestTimedOut)

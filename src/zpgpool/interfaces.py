@@ -172,6 +172,7 @@ class IPoolManagement(Interface):
     """What administrators, and the pages for them, do with a pool and see of it."""
 
     last_connect_error = Attribute("The error of the last connect, a `psycopg2.Error`; None when that succeeded.")
+    outage_seconds = Attribute("For how long the server cannot be reached; None while it can, as far as is known.")
     settings = Attribute("The `zpgpool.settings.PoolSettings`; they cannot be changed.")
 
     def holders() -> Sequence[IHolder]:
@@ -292,6 +293,19 @@ class IConnectFailed(IPoolEvent):
 
     error = Attribute("The `psycopg2.OperationalError`; it may name the host, the user and the database.")
     seconds = Attribute("How long the try took.")
+
+
+class IOutageBegan(IPoolEvent):
+    """The server cannot be reached, or does not take connections: it is down, or starts, stops or recovers."""
+
+    error = Attribute("The `psycopg2.OperationalError` of the connect; it may name host, user and database.")
+
+
+class IOutageEnded(IPoolEvent):
+    """The server takes connections again."""
+
+    seconds = Attribute("How long it did not.")
+    waiting = Attribute("How many wait for a connection now.")
 
 
 class IRequestTimedOut(IPoolEvent):

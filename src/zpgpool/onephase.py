@@ -17,6 +17,7 @@ from transaction.interfaces import IDataManagerSavepoint
 from transaction.interfaces import ISavepointDataManager
 from zope.interface import implementer
 
+from .core import commit
 from .errors import PoolError
 from .request import current_lease
 from .request import SharedCheckout
@@ -113,10 +114,14 @@ class DataManager:
 
     def _take(self) -> SharedCheckout:
         lease = current_lease(self.pool)
-        shared = None if lease is None else lease.share(self)
-        if shared is None:
-            shared = SharedCheckout(self.pool.checkout())
-            shared.add(self)
+        try:
+            shared = None if lease is None else lease.share(self)
+            if shared is None:
+                shared = SharedCheckout(self.pool.checkout())
+                shared.add(self)
+        except psycopg2.Error as error:
+            note(error)
+            raise
         conn = shared.conn
         self._factory = conn.cursor_factory
         conn.cursor_factory = transient_cursor(self._factory or default_factory(conn))
@@ -166,7 +171,7 @@ class DataManager:
         self.phase = Phase.VOTED
 
     def _vote(self, conn: Connection) -> None:
-        conn.commit()
+        commit(self.pool, conn)
 
     def tpc_finish(self, txn: object) -> None:
         """End the transaction. Raises nothing: the others have committed."""

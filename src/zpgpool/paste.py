@@ -14,7 +14,9 @@ from .registry import query_pool
 from .settings import convert_with
 from .settings import count
 from .settings import flag
+from .settings import hook
 from .settings import list_known
+from .settings import optional
 from .settings import read_options
 from .settings import SettingError
 from .settings import TABLE
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("zpgpool")
 
 #: The filter's own options and their defaults, beside those of the pool.
-FILTER_OPTIONS = {"pool": "persistent", "eager": "false", "retry_after": "5", "cancel_on_disconnect": "false"}
+FILTER_OPTIONS = {
+    "pool": "persistent",
+    "eager": "false",
+    "retry_after": "5",
+    "cancel_on_disconnect": "false",
+    "retry_safe": "true",
+    "unavailable": "none",
+}
 
 KNOWN = {*FILTER_OPTIONS, *TABLE, "dsn"}
 
@@ -106,11 +115,13 @@ def _make(app: WSGIApplication, options: Mapping[str, str]) -> PoolMiddleware:
     eager = convert_with(flag, "eager", own["eager"])
     retry_after = convert_with(count, "retry_after", own["retry_after"])
     cancel = convert_with(flag, "cancel_on_disconnect", own["cancel_on_disconnect"])
+    retry_safe = convert_with(flag, "retry_safe", own["retry_safe"])
+    unavailable = convert_with(optional(hook), "unavailable", own["unavailable"])
     settings, libpq = read_options(options, FILTER_OPTIONS)
     name = settings["name"]
     if libpq:
         make_pool(own["pool"], settings, libpq)
-    elif others := sorted(set(options) - {"name", "eager", "retry_after", "cancel_on_disconnect"}):
+    elif others := sorted(set(options) - (FILTER_OPTIONS.keys() - {"pool"}) - {"name"}):
         raise SettingError(
             f"option {others[0]!r} is for a pool that is made here, but option 'dsn' is missing ({list_known(KNOWN)})"
         )
@@ -118,4 +129,12 @@ def _make(app: WSGIApplication, options: Mapping[str, str]) -> PoolMiddleware:
         raise SettingError(
             f"option 'dsn' is missing, and no pool is registered as {name!r} that could be served ({list_known(KNOWN)})"
         )
-    return PoolMiddleware(app, name=name, eager=eager, retry_after=retry_after, cancel_on_disconnect=cancel)
+    return PoolMiddleware(
+        app,
+        name=name,
+        eager=eager,
+        retry_after=retry_after,
+        cancel_on_disconnect=cancel,
+        retry_safe=retry_safe,
+        unavailable=unavailable,
+    )

@@ -15,7 +15,10 @@ from .request import current_lease
 from .request import lease_key
 from .settings import convert_with
 from .settings import count
+from .settings import flag
+from .settings import hook
 from .settings import list_known
+from .settings import optional
 from .settings import read_options
 from .settings import SettingError
 from .settings import TABLE
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 PREFIX = "zpgpool."
 
 #: The options that are not the pool's, and their defaults.
-OWN_OPTIONS = {"pool": "persistent", "retry_after": "5"}
+OWN_OPTIONS = {"pool": "persistent", "retry_after": "5", "retry_safe": "true", "unavailable": "none"}
 
 KNOWN = {*OWN_OPTIONS, *TABLE, "dsn"} - {"name"}
 
@@ -91,16 +94,20 @@ def _collect(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return pools or {"": {}}
 
 
-def _include(config: Any, name: str, options: Mapping[str, Any]) -> int:
-    """Have the pool `name` made when the configuration is committed, and return its `retry_after`."""
+def _include(config: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the pool `name` made when the configuration is committed, and return the options of its middleware."""
     prefix = f"{PREFIX}{name}." if name else PREFIX
     try:
         if "name" in options:
             raise SettingError("option 'name': a pool's name stands before its options, as in zpgpool.reports.dsn")
         own = OWN_OPTIONS | {option: value for option, value in options.items() if option in OWN_OPTIONS}
-        retry_after: int = convert_with(count, "retry_after", own["retry_after"])
+        served = {
+            "retry_after": convert_with(count, "retry_after", own["retry_after"]),
+            "retry_safe": convert_with(flag, "retry_safe", own["retry_safe"]),
+            "unavailable": convert_with(optional(hook), "unavailable", own["unavailable"]),
+        }
         settings, libpq = read_options(options, OWN_OPTIONS)
-        if not libpq and options.keys() - {"retry_after"}:
+        if not libpq and options.keys() - served.keys():
             raise SettingError(f"option 'dsn' is missing ({list_known(KNOWN)})")
     except SettingError as error:
         raise SettingError(f"setting {prefix}*: {error}") from None
@@ -118,10 +125,10 @@ def _include(config: Any, name: str, options: Mapping[str, Any]) -> int:
             raise SettingError(f"setting {prefix}*: {error}") from None
 
     config.action(("utility", IConnectionPool, name), register)  # as in ZCML: a pool there conflicts with this one
-    return retry_after
+    return served
 
 
-def _serving(policy: Any, served: Mapping[str, int], registry: Any) -> Any:
+def _serving(policy: Any, served: Mapping[str, Mapping[str, Any]], registry: Any) -> Any:
     """Return an execution policy: `policy`, with the pools' connections for the time of each request."""
 
     def execute(environ: Any, router: Any) -> Any:
@@ -133,8 +140,8 @@ def _serving(policy: Any, served: Mapping[str, int], registry: Any) -> Any:
         if "repoze.tm.active" in environ:
             return app  # it commits later than this request ends, and its transaction has the connection until then
         outermost: Any = app
-        for name, retry_after in served.items():
-            outermost = PoolMiddleware(outermost, name=name, retry_after=retry_after, registry=registry)
+        for name, options in served.items():
+            outermost = PoolMiddleware(outermost, name=name, registry=registry, **options)
         return outermost
 
     return execute

@@ -176,6 +176,13 @@ class PoolSettings:
     max_waiting: int | None = row(
         optional(count), None, "threads", "how many may wait at a time; one more gets TooManyRequests at once"
     )
+    outage_wait: float = row(
+        number,
+        0.0,
+        "seconds",
+        "how long getconn() waits for a server that has just gone, counted since it went; 0: it raises at once",
+        in_files=10.0,
+    )
     max_lifetime: float | None = row(
         optional(interval),
         None,
@@ -209,6 +216,12 @@ class PoolSettings:
     )
     twophase: bool = row(
         flag, False, "true or false", "transactions joined by zpgpool.datamanager commit in two phases (PREPARE)"
+    )
+    verify_commit: bool = row(
+        flag,
+        False,
+        "true or false",
+        "ask the server what became of a COMMIT whose answer was lost; one round trip more for each transaction",
     )
     replica: str = row(
         text, "", "name", "the pool of a standby, which requests of safe methods (GET, HEAD, OPTIONS) get in its place"

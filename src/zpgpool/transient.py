@@ -12,6 +12,8 @@ import psycopg2
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor
 
+from .core import current_work
+from .core import may_succeed
 from .core import PLAIN
 from .request import fail_over
 from .request import may_succeed_on_primary
@@ -23,15 +25,17 @@ except ImportError as error:
     raise ImportError(f"zpgpool.transient needs the extra zpgpool[transaction]: {error}") from None
 
 
-#: SQLSTATE class 40, "Transaction Rollback": the same transaction may succeed when it is run again.
-RETRYABLE = "40"
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether `error` says that the same transaction may succeed when it is run again."""
     if not isinstance(error, psycopg2.Error):
         return False
-    return (error.pgcode or "").startswith(RETRYABLE) or may_succeed_on_primary(error)
+    work = current_work()
+    if work is not None and work.was_ended:  # by `hold_limit`: it would only be held for as long again
+        return False
+    return may_succeed(error) or error.pgcode == LOCK_NOT_AVAILABLE or may_succeed_on_primary(error)
 
 
 def note(error: psycopg2.Error) -> None:

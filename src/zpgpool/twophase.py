@@ -17,6 +17,7 @@ from psycopg2 import errorcodes
 from psycopg2.extensions import cursor
 from psycopg2.extensions import STATUS_READY
 
+from .core import commit
 from .errors import one_line
 from .errors import PoolError
 from .onephase import DataManager
@@ -90,7 +91,7 @@ class TwoPhaseDataManager(DataManager):
         """Prepare; or, when nobody else takes part, commit: there is nothing to agree on."""
         others = [resource for resource in resources_of(self._txn) if resource is not self]
         if not others:
-            conn.tpc_commit()
+            commit(self.pool, conn, conn.tpc_commit)
             self._xid = None
             return
         # Only now it is known whether ZODB takes part, which `zpgpool recover` must know: so not by `tpc_prepare()`,

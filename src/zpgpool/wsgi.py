@@ -26,6 +26,8 @@ from .core import lag_of
 from .core import NOT_YET
 from .core import SimpleConnectionPool
 from .core import watch
+from .errors import database_error
+from .errors import one_line
 from .errors import PoolError
 from .errors import PoolTimeout
 from .errors import TooManyRequests
@@ -37,12 +39,10 @@ from .registry import get_pool
 from .registry import query_pool
 from .request import asks_for_primary
 from .request import Body
-from .request import classify
 from .request import Disconnects
-from .request import Fault
-from .request import has_body
 from .request import HeldResponse
 from .request import is_complete
+from .request import is_repeatable
 from .request import is_safe
 from .request import KeyedLease
 from .request import Lease
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .settings import PoolSettings
     from .types import Pool
 
-    BeginAgain = Callable[[psycopg2.Error], Iterable[bytes]]
+    BeginAgain = Callable[[], Iterable[bytes]]
 
 
 log = logging.getLogger("zpgpool")
@@ -94,6 +94,9 @@ class PoolMiddleware:
     registry -- where `name` is looked up; by default the global registry.
     cancel_on_disconnect -- cancel the query of a request whose client has gone, as waitress tells when its setting
         `channel_request_lookahead` is above 0.
+    retry_safe -- serve a request once more that has lost its connection before any part of its response was sent, if
+        its method is safe (RFC 9110, section 9.2.1: GET, HEAD, OPTIONS) and it has no body.
+    unavailable -- a WSGI application that answers in place of that 503.
 
     Where the pool's settings name a `replica`, requests of safe methods get their connection from that pool.
 
@@ -111,11 +114,15 @@ class PoolMiddleware:
         retry_after: int = 5,
         registry: Components | None = None,
         cancel_on_disconnect: bool = False,
+        retry_safe: bool = True,
+        unavailable: WSGIApplication | None = None,
     ) -> None:
         self.app = app
         self.name = name
         self.eager = eager
         self.retry_after = retry_after
+        self.retry_safe = retry_safe
+        self.unavailable = unavailable
         self._registry = registry
         self._key = lease_key(name)
         self._is_by_name = pool is None
@@ -160,7 +167,10 @@ class PoolMiddleware:
                 return self._serve_inner(environ, start_response, outer, before)
         if self._has_replica:
             return self._route(environ, start_response, pool, before)
-        return self._serve(environ, start_response, self._lease_class(pool, environ, sys._getframe()), before)
+        # As it is now: applications change it, and a request that begins again begins as it did.
+        original = dict(environ) if self.retry_safe and is_repeatable(environ) else None
+        lease = self._lease_class(pool, environ, sys._getframe())
+        return self._serve(environ, start_response, lease, before, original)
 
     def _find_outer(self, environ: WSGIEnvironment, known: object, pool: Pool) -> Lease | None:
         """Return the lease of a request that this one is part of: another filter's, or one with a subrequest.
@@ -208,19 +218,21 @@ class PoolMiddleware:
         start_response: StartResponse,
         lease: Lease,
         before: object = None,
+        original: WSGIEnvironment | None = None,
         begin_again: BeginAgain | None = None,
         hook: Any = None,
     ) -> Iterable[bytes]:
         """Call the application with `lease`, and end that with the request.
 
         before -- what `environ` had in the place of the lease.
-        begin_again -- serves the request on the primary, where the replica has failed it.
+        original -- what `environ` was; None: the request must not begin again.
+        begin_again -- serves the request once more; by default with a lease of the same kind.
         hook -- changes the headers just before they go out.
         """
         environ[self._key] = lease
         response = HeldResponse(start_response)
         response.hook = hook
-        goes_on = False
+        goes_on = begins_again = False
         try:
             if environ.get("wsgi.run_once") and IPoolInternals.providedBy(lease.pool):
                 lease.pool.forgo_timer()
@@ -230,9 +242,13 @@ class PoolMiddleware:
                 environ["zpgpool.connection"] = lease.connection()
             body = self.app(environ, response)
             if not is_complete(body, environ):
-                body, goes_on = _begin_body(body, lease, response), True
-        except psycopg2.Error as error:
-            body = self._refuse(error, environ, response, lease, begin_again)
+                body, goes_on = _begin_body(body, lease, response, original is not None), True
+            elif (response.status or "").startswith("5"):
+                _reveal(body, response, lease, original is not None)
+        except Exception as error:
+            begins_again = original is not None and self._may_begin_again(error, response, lease)
+            if not begins_again:
+                body = self._refuse(error, environ, response, lease)
         finally:
             if goes_on:
                 lease.pause()
@@ -240,6 +256,13 @@ class PoolMiddleware:
                 lease.end()
             if before is not None:
                 environ[self._key] = before
+        if begins_again and original is not None:
+            environ.clear()
+            environ.update(original)
+            if begin_again is not None:
+                return begin_again()
+            lease = self._lease_class(lease.pool, environ, sys._getframe())
+            return self._serve(environ, start_response, lease, before)
         try:
             response.send()
         except BaseException:  # the server's: it will not close what it never gets
@@ -247,35 +270,43 @@ class PoolMiddleware:
             raise
         return body
 
-    def _refuse(
-        self,
-        error: psycopg2.Error,
-        environ: WSGIEnvironment,
-        response: HeldResponse,
-        lease: Lease,
-        begin_again: BeginAgain | None,
-    ) -> Iterable[bytes]:
-        """Answer from the primary, or that there is no database, if that is what `error` says; else raise it."""
+    def _may_begin_again(self, error: Exception, response: HeldResponse, lease: Lease) -> bool:
+        """Whether the request has failed because of its connection, and nothing of its response was sent."""
         if response.is_sent:
+            return False
+        cause = database_error(error)
+        if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
+            lease.fail_over(cause)
+            return True
+        if not (self.retry_safe and lease.has_lost_connection):
+            return False
+        log.warning("%s has lost its connection, and begins again: %s", lease, one_line(cause or error))
+        return True
+
+    def _refuse(
+        self, error: Exception, environ: WSGIEnvironment, response: HeldResponse, lease: Lease
+    ) -> Iterable[bytes]:
+        """Answer that there is no database, if that is what `error` says; else raise it."""
+        cause = database_error(error)
+        if cause is None or response.is_sent:
             raise error
-        if isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(error):
-            lease.fail_over(error)
-            if begin_again is None:
-                raise error
-            lease.end()
-            response.forget()
-            return begin_again(error)
+        if isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
+            lease.fail_over(cause)
+            raise error
         pool: Any = lease.pool
-        if _is_demotion(error) and lease.had(error) and not pool.closed and lag_of(pool) is None:
-            log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, error)
+        if _is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
+            log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, cause)
             if IPoolManagement.providedBy(pool):
                 pool.drain()
-        if not _is_unavailable(error, pool):
+        if not _is_unavailable(cause, lease):
             raise error
-        log.error("%s: 503 Service Unavailable: %s", lease, error, exc_info=error)
-        return self._unavailable(environ, response)
+        log.error("%s: 503 Service Unavailable: %s", lease, cause, exc_info=error)
+        return self._answer_unavailable(environ, response)
 
-    def _unavailable(self, environ: WSGIEnvironment, response: HeldResponse) -> Iterable[bytes]:
+    def _answer_unavailable(self, environ: WSGIEnvironment, response: HeldResponse) -> Iterable[bytes]:
+        response.forget()
+        if self.unavailable is not None:
+            return self.unavailable(environ, response)
         answer = Response(
             "The database is not available just now. Please try again in a moment.\n",
             status=503,
@@ -284,7 +315,6 @@ class PoolMiddleware:
             retry_after=self.retry_after,
             cache_control="no-store",
         )
-        response.forget()
         response(answer.status, answer.headerlist)
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
@@ -299,7 +329,7 @@ class PoolMiddleware:
         frame = sys._getframe()
 
         def serve(
-            is_write: Callable[[], bool], *, replica: Any = None, begin_again: BeginAgain | None = None
+            is_write: Callable[[], bool], *, replica: Any = None, original: WSGIEnvironment | None = None
         ) -> Iterable[bytes]:
             lease: Lease = self._lease_class(pool, environ, frame)
             if replica is not None:
@@ -309,23 +339,18 @@ class PoolMiddleware:
                 wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
                 return with_write_cookie(headers, environ, seconds) if wrote else headers
 
-            return self._serve(environ, start_response, lease, before, begin_again, hook)
+            def begin_again() -> Iterable[bytes]:
+                # Whatever it does now, it may have written: its client shall see that.
+                return serve(lambda: isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
+
+            return self._serve(environ, start_response, lease, before, original, begin_again, hook)
 
         if not is_safe(environ):
             return serve(lambda: True)
         replica = None if asks_for_primary(environ, seconds) else self._find_replica(pool, settings)
-        if replica is None:
-            return serve(lambda: False)
-        _check_threads(replica, environ)
-        original = dict(environ)
-
-        def begin_again(error: psycopg2.Error) -> Iterable[bytes]:
-            environ.clear()
-            environ.update(original)
-            # Whatever it does now, it may have written: its client shall see that.
-            return serve(lambda: classify(error) is Fault.REFUSED_WRITE)
-
-        return serve(lambda: False, replica=replica, begin_again=None if has_body(environ) else begin_again)
+        if replica is not None:
+            _check_threads(replica, environ)
+        return serve(lambda: False, replica=replica, original=dict(environ) if is_repeatable(environ) else None)
 
     def _lease_replica(self, environ: WSGIEnvironment, replica: Any, primary: Lease, name: str) -> Lease:
         """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
@@ -362,17 +387,30 @@ def _lease_class(pool: Pool) -> Any:
     return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
-def _begin_body(body: Iterable[bytes], lease: Lease, response: HeldResponse) -> Iterable[bytes]:
+def _begin_body(body: Iterable[bytes], lease: Lease, response: HeldResponse, may_begin_again: bool) -> Iterable[bytes]:
     """Take the first chunk, with which the response starts; until then another one can take its place."""
     try:
         lease.begin_body()
         iterator = iter(body)
         first = list(islice(iterator, 1))
+        if (response.status or "").startswith("5"):
+            _reveal((), response, lease, may_begin_again)  # the body is closed below
         response.send()
         return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
     except BaseException:
         _close(body)
         raise
+
+
+def _reveal(body: object, response: HeldResponse, lease: Lease, may_begin_again: bool) -> None:
+    """Raise the error of which the application has made a page of its own, where another answer takes its place."""
+    failure = lease.failure
+    if failure is None or lease.connections() or not _is_unavailable(failure, lease):
+        is_lost = may_begin_again and lease.has_lost_connection
+        failure = psycopg2.OperationalError(response.status) if is_lost else None
+    if failure is not None:
+        _close(body)
+        raise failure
 
 
 def _close(body: object) -> None:
@@ -392,10 +430,12 @@ def _is_demotion(error: psycopg2.Error) -> bool:
     return error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION and not is_ours
 
 
-def _is_unavailable(error: psycopg2.Error, pool: Any) -> bool:
+def _is_unavailable(error: psycopg2.Error, lease: Lease) -> bool:
     """Whether the request failed because no connection was to be had."""
     if isinstance(error, PoolTimeout | TooManyRequests):
         return True
-    # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query.
+    # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query: nobody should be
+    # asked to repeat that one.
     is_connect = isinstance(error, psycopg2.OperationalError) and error.pgcode is None
-    return is_connect and getattr(pool, "last_connect_error", None) is not None
+    is_down = getattr(lease.pool, "last_connect_error", None) is not None
+    return is_connect and is_down and not lease.has_lost_connection

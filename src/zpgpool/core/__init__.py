@@ -4,12 +4,17 @@ It imports only the interfaces, settings, errors, events and connection strings.
 """
 
 from .base import AbstractConnectionPool
+from .commit import commit
+from .commit import may_succeed
+from .entry import BROKEN
 from .lag import Lag
 from .lag import lag_of
 from .lag import NOT_YET
 from .lag import watch
+from .owners import current_work
 from .owners import task
 from .owners import tasks
+from .owners import Work
 from .pools import PersistentConnectionPool
 from .pools import SimpleConnectionPool
 from .pools import ThreadedConnectionPool
@@ -21,6 +26,7 @@ from .timer import timer
 
 
 __all__ = [
+    "BROKEN",
     "NOT_YET",
     "PLAIN",
     "AbstractConnectionPool",
@@ -30,7 +36,11 @@ __all__ = [
     "PersistentConnectionPool",
     "SimpleConnectionPool",
     "ThreadedConnectionPool",
+    "Work",
+    "commit",
+    "current_work",
     "lag_of",
+    "may_succeed",
     "query",
     "task",
     "tasks",

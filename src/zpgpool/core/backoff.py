@@ -1,4 +1,8 @@
-"""What a pool knows of a server that does not answer: one thread tries it, the others are told at once."""
+"""What a pool knows of a server that does not answer: one thread tries it, the others wait for that, or are told.
+
+An outage that has just begun is probably a restart, and over soon: whoever asks waits for its end, for `outage_wait`
+seconds since it began. Whoever asks later is told at once.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ from time import monotonic
 
 import psycopg2
 
+from .outage import Diagnosis
+
 
 #: How long a connect that succeeded speaks for the next ones, in seconds.
 PROOF = 1.0
 
-#: The first and the longest pause between two tries, in seconds; each is twice the one before.
+#: The first and the longest pause between two tries, in seconds; each is twice the one before. While somebody waits
+#: for the server, the pauses stay short.
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
+LONGEST_SHORT_PAUSE = 0.2
 
 #: After so many seconds a connect is taken to hang, and does not hold up the next one. Less than waiters take to look
 #: again for themselves: they begin it.
@@ -22,8 +30,8 @@ HANGS = 0.9
 
 NEVER_YET = float("-inf")
 
-#: How much shorter a pause may be, at random: processes that lost the same server do not all try it at once.
-JITTER = 0.5
+#: How much longer a pause may be, at random: processes that lost the same server do not all try it at once.
+JITTER = 0.25
 
 
 class ConnectBackoff:
@@ -32,6 +40,12 @@ class ConnectBackoff:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         #: The error of the last try; None when that succeeded, or there was none.
         self.error: psycopg2.Error | None = None
+        #: How long an outage is waited out, in seconds since it began.
+        self.outage_wait = 0.0
+        #: When the outage began (monotonic seconds); None while there is none.
+        self.outage_since: float | None = None
+        #: Whether the server has too many clients.
+        self.is_full = False
         self._clock = clock
         self._pause = 0.0
         self._retry_at = self._proven_until = self._tried_at = self._failed_at = NEVER_YET
@@ -67,18 +81,51 @@ class ConnectBackoff:
         """A connection was found dead: the next connect is a try again."""
         self._proven_until = NEVER_YET
 
-    def failed(self, error: psycopg2.Error) -> None:
-        """Remember the error of a try, and pause."""
-        self._pause = min(LONGEST_PAUSE, self._pause * 2 or FIRST_PAUSE)
-        now = self._failed_at = self._clock()
-        # A copy: the traceback of the error itself would keep the frame of the connect alive, and its slot with it.
-        pause = self._pause * random.uniform(1 - JITTER, 1)
-        self.error, self._retry_at, self._proven_until = _copy(error), now + pause, NEVER_YET
+    @property
+    def is_young(self) -> bool:
+        """Whether there is an outage that is waited out."""
+        return self.outage_since is not None and self._clock() < self.outage_since + self.outage_wait
 
-    def succeeded(self) -> None:
-        """Forget the outage."""
+    @property
+    def may_pass(self) -> bool:
+        """Whether the next try may succeed in a moment, so that it is worth to wait for it."""
+        return self.is_full or self.is_young
+
+    @property
+    def outage_seconds(self) -> float | None:
+        """For how long there has been an outage; None while there is none."""
+        since = self.outage_since
+        return None if since is None else self._clock() - since
+
+    @property
+    def pause(self) -> float:
+        """The rest of the pause before the next try, in seconds."""
+        return max(0.0, self._retry_at - self._clock())
+
+    def failed(
+        self, error: psycopg2.Error, diagnosis: Diagnosis = Diagnosis.OUTAGE, begun: float | None = None
+    ) -> bool:
+        """Remember the error of a try that began then, and pause; return whether an outage begins with it."""
+        now = self._failed_at = self._clock()
+        is_first = diagnosis is Diagnosis.OUTAGE and self.outage_since is None
+        if is_first:
+            self.outage_since = now if begun is None else begun
+        elif diagnosis is not Diagnosis.OUTAGE:
+            self.outage_since = None
+        self.is_full = diagnosis is Diagnosis.FULL
+        longest = LONGEST_SHORT_PAUSE if self.may_pass else LONGEST_PAUSE
+        self._pause = min(longest, self._pause * 2 or FIRST_PAUSE)
+        pause = self._pause * random.uniform(1, 1 + JITTER)
+        # A copy: the traceback of the error itself would keep the frame of the connect alive, and its slot with it.
+        self.error, self._retry_at, self._proven_until = _copy(error), now + pause, NEVER_YET
+        return is_first
+
+    def succeeded(self) -> float | None:
+        """Forget the outage; return how long it was, if there was one."""
+        seconds, self.outage_since, self.is_full = self.outage_seconds, None, False
         self.error, self._pause, self._retry_at = None, 0.0, NEVER_YET
         self._proven_until = self._clock() + PROOF
+        return seconds
 
     def copy(self) -> psycopg2.Error:
         """Return the remembered error for another thread: one instance in two threads mixes their tracebacks."""

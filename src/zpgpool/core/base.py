@@ -35,6 +35,7 @@ from ..settings import check_sizes
 from ..settings import convert
 from ..settings import PoolSettings
 from ..settings import sort_keywords
+from .commit import run_transaction
 from .connections import Connections
 from .entry import Entry
 from .entry import NEVER
@@ -47,10 +48,12 @@ from .management import ManagedPool
 from .notifier import Notifier
 from .notifier import weakly
 from .owners import Checkout
+from .owners import current_work
 from .owners import Holder
 from .owners import LifeToken
 from .owners import OwnerLocal
 from .owners import ThreadOwner
+from .probe import ask_why
 from .session import is_watched
 from .session import watched
 from .timer import MaintenanceTimer
@@ -62,6 +65,7 @@ from .users import MANY
 NAMED = 10
 
 Self = TypeVar("Self", bound="AbstractConnectionPool")
+T = TypeVar("T")
 
 _numbers = count(1)
 
@@ -134,6 +138,7 @@ class AbstractConnectionPool(ManagedPool):
             weakly(self._tidy),
             self._make_lock(),
             self._in_background,
+            weakly(self._ask_why),
         )
         #: What the hit path and a clean return look at, without a detour.
         self._parked = self._connections.handoff.parked
@@ -164,6 +169,9 @@ class AbstractConnectionPool(ManagedPool):
             self._has_unwatched = self._is_long = True
         self._call_timer()
         return conn
+
+    def _ask_why(self, until: float) -> str:
+        return ask_why(lambda **keywords: self._open_connection(keywords), until)
 
     def _call_timer(self) -> None:
         if self._timer is not None:
@@ -236,6 +244,20 @@ class AbstractConnectionPool(ManagedPool):
             error = PoolTimeout(f"{self!r}: the server gave no {number} connections within {timeout:g} s")
             raise error from self.last_connect_error
 
+    def run_transaction(self, function: Callable[[Connection], T], attempts: int = 3) -> T:
+        """Call `function(conn)` in a transaction of its own, commit, and return the result.
+
+        attempts -- how often it is run at most: again after a serialization failure, a deadlock, and a connection that
+            could not be opened, or was lost before the commit; after pauses that grow from 0.1 to 1 s.
+
+        Whatever else `function` does is done again, too: so it should do nothing else, nor commit or roll back.
+
+        Raises CommitInDoubt when the answer to the commit was lost, and it is not known whether it was done (see the
+        setting `verify_commit`); PoolError when the connection is in a transaction already; what `getconn` and the last
+        run of `function` raise.
+        """
+        return run_transaction(self, function, attempts)
+
     def close(self, timeout: float = 5.0) -> None:
         """See `IConnectionPool`."""
         self.check_process()
@@ -296,11 +318,16 @@ class AbstractConnectionPool(ManagedPool):
             error = TooManyRequests(f"{self!r}: {self.settings.max_waiting} threads are waiting already")
         except Closed:
             error = PoolClosed(f"{self!r}")
-        except psycopg2.Error:
-            self._connections.count(requests_errors=1)
+        except psycopg2.Error as failure:
+            self._note_failure(failure)
             raise
-        self._connections.count(requests_errors=1)
+        self._note_failure(error)
         raise error from self.last_connect_error
+
+    def _note_failure(self, error: psycopg2.Error) -> None:
+        self._connections.count(requests_errors=1)
+        if (work := current_work()) is not None:
+            work.failure = error
 
     def _timed_out(self, timeout: float, waited: float) -> PoolTimeout:
         what = f"no connection came free within {waited:.1f} s" if timeout else "connection pool exhausted"
@@ -308,7 +335,12 @@ class AbstractConnectionPool(ManagedPool):
         now, lines = monotonic(), current_lines()
         named = "; ".join(str(Holder.of(owner, entry, now, lines)) for owner, entry in busy[:NAMED])
         more = f"; and {len(busy) - NAMED} more" if len(busy) > NAMED else ""
-        return PoolTimeout(f"{what}: {self!r}, {len(self._queue)} more waiting. Held by {named or 'nobody'}{more}")
+        outage = self.outage_seconds
+        down = "" if outage is None else f" The server cannot be reached for {outage:.1f} s."
+        full = " The server has too many clients (53300)." if self._connections.backoff.is_full else ""
+        return PoolTimeout(
+            f"{what}: {self!r}, {len(self._queue)} more waiting.{down}{full} Held by {named or 'nobody'}{more}"
+        )
 
     def _give_back(self, owner: ThreadOwner, entry: Entry, close: bool) -> None:
         """Park a connection that was taken out of the table, clean, where `owner` finds it; or discard it."""

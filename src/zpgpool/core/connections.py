@@ -18,10 +18,9 @@ from psycopg2.extensions import connection as Connection
 
 from ..errors import one_line
 from ..settings import PoolSettings
+from .entry import BROKEN
 from .entry import CLOSED
-from .entry import cut_late
 from .entry import Entry
-from .entry import hang_up
 from .entry import MOMENT
 from .entry import NEVER
 from .entry import NEVER_YET
@@ -32,10 +31,13 @@ from .handoff import CONNECTING
 from .handoff import Handoff
 from .handoff import OPEN
 from .handoff import RETURNING
+from .hangup import cut_late
+from .hangup import hang_up
 from .idle import IdleConnections
 from .notifier import Notifier
 from .notifier import weakly
 from .opener import Opener
+from .owners import current_work
 from .owners import who
 from .session import set_up
 from .workers import cancellers
@@ -60,6 +62,7 @@ class Connections(IdleConnections):
         collector: it must not take a lock.
     tidy -- finds what nobody holds any more.
     in_background -- whether other threads may open and close connections for the pool.
+    ask_why -- see `Opener`.
     """
 
     def __init__(
@@ -71,8 +74,9 @@ class Connections(IdleConnections):
         tidy: Callable[[], object],
         lock: AbstractContextManager[object],
         in_background: bool = True,
+        ask_why: Callable[[float], str] = lambda until: "",
     ) -> None:
-        self.opener = Opener(settings, connect, weakly(self._publish), notifier, lost, in_background)
+        self.opener = Opener(settings, connect, weakly(self._publish), notifier, lost, in_background, ask_why)
         handoff: Handoff[Entry] = Handoff(Entry, settings.maxconn, weakly(self.opener.fill), lock, tidy)
         self.opener.handoff = handoff
         self.backoff = self.opener.backoff
@@ -82,6 +86,7 @@ class Connections(IdleConnections):
     def apply(self, settings: PoolSettings) -> None:
         """Follow these settings from now on."""
         self.settings = self.opener.settings = settings
+        self.backoff.outage_wait = settings.outage_wait
         self._set_up = partial(set_up, settings=settings)
         #: How long a look at a socket is good for, in seconds: not at all where `check` has to see every user.
         self.moment = MOMENT if settings.check is None else NEVER_YET
@@ -123,7 +128,10 @@ class Connections(IdleConnections):
             return not may_wait and self._is_soon(ahead, start)
 
         try:
-            return handoff.get(until, self.settings.max_waiting, may_stay)
+            entry = handoff.get(until, self.settings.max_waiting, may_stay, not self.backoff.may_pass)
+            if entry is None and not may_wait and self.backoff.is_recent and self._has_none():
+                raise self.backoff.copy()  # as psycopg2, which waits for nothing else
+            return entry
         finally:
             seconds = monotonic() - start
             self.count(requests_queued=may_wait, requests_wait_ms=seconds * 1000)
@@ -133,9 +141,11 @@ class Connections(IdleConnections):
         """Whether nothing will be returned, and somebody tries to connect already, or it is too early for that."""
         # In a frame that ends before the error is raised: threads that hold an error each would keep each other's
         # snapshots alive, and with them a slot that was lost, for ever (measured, with twelve threads).
-        slots = self.handoff.slots
-        is_tried = any(slot.state == CONNECTING for slot in slots)
-        return not any(slot.is_open for slot in slots) and (self.backoff.is_on or is_tried)
+        is_tried = any(slot.state == CONNECTING for slot in self.handoff.slots)
+        return (self.backoff.is_on or is_tried) and not self.backoff.may_pass and self._has_none()
+
+    def _has_none(self) -> bool:
+        return not any(slot.is_open for slot in self.handoff.slots)
 
     def _is_soon(self, ahead: int, start: float) -> bool:
         """Whether a checkout that may not wait should stay nevertheless, with so many others ahead.
@@ -143,6 +153,8 @@ class Connections(IdleConnections):
         For its connect as long as that takes, as with psycopg2. For what is being judged or closed not for long since
         `start`: that may hang.
         """
+        if self.backoff.is_young:
+            return True
         states = [slot.state for slot in self.handoff.slots]
         coming = states.count(CONNECTING)
         if coming:  # and when that one has shown that the server is there, as many as there is room for
@@ -209,6 +221,8 @@ class Connections(IdleConnections):
     def clean(self, entry: Entry, close: bool) -> bool:
         """Make a returned connection clean; False when it was discarded instead."""
         now = monotonic()
+        if entry.conn.closed == BROKEN and now < entry.expires:  # else we have ended it ourselves
+            self._tell_lost()
         if self._notifier.observers:
             self._notifier.used(now - entry.since)
         entry.state, entry.since = RETURNING, now  # the rollback may hang: see the watchdog
@@ -230,6 +244,24 @@ class Connections(IdleConnections):
                 self.discard(entry, reason)
         entry.state = OPEN
         return is_clean
+
+    def replace(self, entry: Entry) -> None:
+        """Discard a connection that its user has closed, or lost, and wants another one for."""
+        is_lost = entry.conn.closed == BROKEN and monotonic() < entry.expires
+        if is_lost:
+            self._tell_lost()
+        self.discard(entry, "the server has gone" if is_lost else "its user closed it", is_dead=is_lost)
+
+    def _tell_lost(self) -> None:
+        """A connection was lost in use: have nobody use another one from before.
+
+        A server that crashes or restarts ends all sessions within milliseconds: who comes in between would get one
+        that looks alive.
+        """
+        if (work := current_work()) is not None:
+            work.has_lost = True
+        self.backoff.doubt()
+        self.drain("another connection was lost", later=True)
 
     def _tell_unclean(self, entry: Entry, why: str) -> None:
         self.count(returns_bad=1)

@@ -6,20 +6,13 @@ Knows nothing of the pool, of other entries, or where the time comes from.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import socket
 import threading
 import weakref
 from collections.abc import Callable
-from collections.abc import Iterable
-from functools import cache
-from functools import partial
-from queue import Empty
-from queue import SimpleQueue
 from time import monotonic
-from time import sleep
 from typing import Protocol
 
 import psycopg2
@@ -34,13 +27,13 @@ from ..errors import one_line
 from ..settings import Reset
 from .handoff import Slot
 from .handoff import Ticket
+from .libpq import CancelHandle
 from .session import forget_messages
 from .session import is_touched
 from .session import restore
 from .session import roll_back
 from .session import session_of
 from .session import untouch
-from .workers import cancellers
 
 
 #: How many times a readable socket is emptied before its connection is given up. One read takes what a server sends
@@ -62,13 +55,8 @@ NEVER = float("inf")
 #: up to 300 on a busy machine.
 HANG_UP = 1.0
 
-#: What `cancel()` may take when a connection is closed during a query, in seconds: it dials the server once more.
-CANCEL = 1.0
-
-#: How long a query may take to end after it was cancelled, in seconds, before its socket is ended. A COPY that was
-#: broken off never does.
-CANCELLED = 0.1
-
+#: `closed` of a connection that was not closed by its user (psycopg2, "connection.closed").
+BROKEN = 2
 
 #: Why a connection that its user closed cannot be made clean: nothing to warn of.
 CLOSED = "its user closed it"
@@ -334,86 +322,3 @@ class Entry(Slot):
             if (conn := self.connection()) is not None:
                 with open(os.devnull, "rb+", buffering=0) as null:
                     os.dup2(null.fileno(), conn.fileno())
-
-
-def hang_up(entries: Iterable[Entry]) -> None:
-    """End the queries that run on `entries`, so that closing them does not wait.
-
-    The server is asked to cancel: otherwise it would count the session until the query is done. Then the socket ends.
-    Takes `CANCEL` and `CANCELLED` seconds at most.
-    """
-    busy = [entry for entry in entries if entry.is_active]
-    cancel(busy)
-    deadline = monotonic() + CANCELLED
-    while busy and monotonic() < deadline:
-        busy = [entry for entry in busy if entry.is_active]
-        sleep(0.001)
-    for entry in busy:
-        entry.cut()
-
-
-def cut_late(entries: Iterable[Entry], is_done: threading.Event) -> None:
-    """End the sockets of `entries` if something is not done within `CANCEL` seconds."""
-    if not is_done.wait(CANCEL):
-        for entry in entries:
-            entry.cut()
-
-
-def cancel(entries: Iterable[Entry], timeout: float = CANCEL) -> int:
-    """Ask the server to end the queries that run on `entries`, and wait for so long until it is told.
-
-    Returns how many it is asked for: as many at a time as there are threads for that.
-    """
-    deadline = monotonic() + timeout
-    sent: SimpleQueue[None] = SimpleQueue()
-    asked = sum(cancellers.try_run(partial(_cancel, entry.cancel_handle, sent)) for entry in entries if entry.is_active)
-    if timeout > 0:
-        with contextlib.suppress(Empty):
-            for _ in range(asked):
-                sent.get(timeout=max(0.0, deadline - monotonic()))
-    return asked
-
-
-def _cancel(handle: CancelHandle, sent: SimpleQueue[None]) -> None:
-    try:
-        handle.send()
-    finally:
-        sent.put(None)
-
-
-class CancelHandle:
-    """What a cancel request needs to know of a connection (PostgreSQL documentation, "Canceling Queries in Progress").
-
-    Copied when the connection is made, as psycopg2 does for itself: later another thread may just be freeing the
-    connection (measured: SIGSEGV). Freed with the last reference, which a thread inside of `send` has.
-
-    Not psycopg2's `cancel()`, which dials the server, and waits for it without limit, with the interpreter locked:
-    a silent server would stop every thread (measured with psycopg2 2.9.13). ctypes calls libpq with it unlocked.
-    """
-
-    __slots__ = ("_libpq", "_lock", "_pointer")
-
-    def __init__(self, conn: Connection) -> None:
-        self._lock = threading.Lock()
-        self._libpq = _libpq()
-        self._pointer = ctypes.c_void_p(self._libpq.PQgetCancel(ctypes.c_void_p(conn.pgconn_ptr)))
-
-    def send(self) -> None:
-        """Ask the server to end the query that runs; harmless while another thread is asking."""
-        if self._lock.acquire(blocking=False):
-            try:
-                message = ctypes.create_string_buffer(256)
-                self._libpq.PQcancel(self._pointer, message, len(message))
-            finally:
-                self._lock.release()
-
-    def __del__(self) -> None:
-        self._libpq.PQfreeCancel(self._pointer)
-
-
-@cache
-def _libpq() -> ctypes.CDLL:
-    """Return the libpq that psycopg2 uses."""
-    libpq = ctypes.CDLL(psycopg2._psycopg.__file__)
-    libpq.PQgetCancel.restype = ctypes.c_void_p
-    return libpq

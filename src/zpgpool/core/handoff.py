@@ -63,10 +63,11 @@ S = TypeVar("S", bound=Slot)
 class Ticket(Generic[S]):
     """A waiter's turn in the queue."""
 
-    __slots__ = ("_answer", "since", "thread", "wakeup")
+    __slots__ = ("_answer", "since", "thread", "until", "wakeup")
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, since: float, until: float) -> None:
         self.since = since
+        self.until = until
         self.thread = current_thread()
         self.wakeup: SimpleQueue[None] = SimpleQueue()
         self._answer: dict[int, S | BaseException | None] = {}
@@ -98,6 +99,7 @@ class Handoff(Generic[S]):
     make -- returns a new slot, in the state CONNECTING.
     limit -- how many slots there may be.
     fill -- called when nothing rests for those in the queue: may `reserve` room, and have it filled. Should not block.
+        Returns in how many seconds it wants to be called again, if somebody waits still; None: it does not mind.
     lock -- guards the count of slots, and the end of the queue.
     tidy -- called by those who wait, each time they look for themselves: it may find slots that nobody holds any more.
     """
@@ -106,7 +108,7 @@ class Handoff(Generic[S]):
         self,
         make: Callable[[], S],
         limit: int,
-        fill: Callable[[], object] = lambda: None,
+        fill: Callable[[], float | None] = lambda: None,
         lock: AbstractContextManager[object] | None = None,
         tidy: Callable[[], object] = lambda: None,
     ) -> None:
@@ -159,8 +161,9 @@ class Handoff(Generic[S]):
         with self._lock:
             is_first = weakref.ref(slot) in self._refs
             self._refs.discard(weakref.ref(slot))
-        if self.queue:
-            self.serve()
+        if self.queue and self.serve() is not None:
+            with suppress(IndexError):
+                self.queue[0].wakeup.put(None)  # there was no pause when it went to sleep
         self._tell_if_empty()
         return is_first
 
@@ -186,6 +189,7 @@ class Handoff(Generic[S]):
         until: float,
         max_waiting: int | None = None,
         may_stay: Callable[[int], bool] = lambda ahead: False,
+        has_room: bool = True,
         clock: Callable[[], float] = monotonic,
     ) -> S | None:
         """Return a slot, or None when there was none until `until` (in the time of `clock`).
@@ -193,6 +197,8 @@ class Handoff(Generic[S]):
         Whoever finds a queue joins its end, except when there is no time to wait.
 
         max_waiting -- raise QueueFull when so many wait already.
+        has_room -- whether there will be new slots as far as there is room, so that who waits for one does not wait for
+            others.
         may_stay -- says, when the time is up, whether a waiter with so many others ahead may stay for a moment.
 
         Raises QueueFull, Closed, or the error that the ticket was answered with.
@@ -204,10 +210,10 @@ class Handoff(Generic[S]):
             slot = self.take()
             if slot is not None:
                 return slot
-        ticket: Ticket[S] = Ticket(now)
+        ticket: Ticket[S] = Ticket(now, until)
         try:
-            self._join(ticket, max_waiting)
-            self._wait(ticket, until, may_stay, clock)
+            self._join(ticket, max_waiting, has_room)
+            self._wait(ticket, may_stay, clock)
         except BaseException:
             answer = self._withdraw(ticket)
             if isinstance(answer, Slot):
@@ -218,18 +224,18 @@ class Handoff(Generic[S]):
             raise answer
         return answer
 
-    def serve(self) -> None:
-        """Give what rests to the queue, in its order, and have room filled for those who remain."""
+    def serve(self) -> float | None:
+        """Give what rests to the queue, in its order, and have room filled for those who remain; see `fill`."""
         while self.queue:
             slot = self.take()
             if slot is None:
-                self._fill()
-                return
+                return self._fill()
             while not self._offer(slot):
                 # Nobody is left to take it. Home first, then look at the queue again (rule 2).
                 if not self.queue:
                     self.parked[slot] = slot
                     break
+        return None
 
     def fail(self, make_error: Callable[[], BaseException], only: Ticket[S] | None = None) -> None:
         """Answer every waiter of now with an error of its own; or only one of them, if it still waits."""
@@ -237,6 +243,12 @@ class Handoff(Generic[S]):
             if only is None or ticket is only:
                 ticket.settle(make_error())
                 self._dismiss(ticket)
+
+    def shed(self, max_waiting: int | None) -> None:
+        """Answer with QueueFull those who wait behind so many others."""
+        if max_waiting is not None:
+            for ticket in list(self.queue)[max_waiting:]:
+                self.fail(QueueFull, ticket)
 
     def close(self) -> None:
         """Wake all waiters with Closed; nobody gets a slot any more."""
@@ -248,23 +260,22 @@ class Handoff(Generic[S]):
         if self.is_closed and not self.slots:
             self.is_empty.open()
 
-    def _join(self, ticket: Ticket[S], max_waiting: int | None) -> None:
+    def _join(self, ticket: Ticket[S], max_waiting: int | None, has_room: bool) -> None:
         with self._lock:
             if max_waiting is not None:
                 # A waiter whom a new slot will serve does not wait for anybody.
-                coming = self.limit - len(self._refs) + sum(slot.state == CONNECTING for slot in self.slots)
+                room = self.limit - len(self._refs) + sum(slot.state == CONNECTING for slot in self.slots)
+                coming = room if has_room else 0
                 if len(self.queue) - coming >= max_waiting:
                     raise QueueFull
             self.queue.append(ticket)
 
-    def _wait(
-        self, ticket: Ticket[S], until: float, may_stay: Callable[[int], bool], clock: Callable[[], float]
-    ) -> None:
+    def _wait(self, ticket: Ticket[S], may_stay: Callable[[int], bool], clock: Callable[[], float]) -> None:
         while True:
-            self.serve()
+            again = self.serve()
             if self.is_closed:
                 ticket.settle(Closed())
-            rest = until - clock()
+            rest = ticket.until - clock()
             if ticket.is_settled:
                 return
             if rest <= 0:
@@ -275,10 +286,18 @@ class Handoff(Generic[S]):
                 if not may_stay(ahead):
                     return
                 rest = STAY
+            rest = min(rest, LOOK_AGAIN)
+            if again is not None and self._is_first(ticket):  # one of the waiters is enough
+                rest = min(rest, again)
             try:
-                ticket.wakeup.get(timeout=min(rest, LOOK_AGAIN))
+                ticket.wakeup.get(timeout=rest)
             except Empty:
                 self._tidy()
+
+    def _is_first(self, ticket: Ticket[S]) -> bool:
+        with suppress(IndexError):
+            return self.queue[0] is ticket
+        return False
 
     def _offer(self, slot: S) -> bool:
         """Give `slot` to the first in the queue; False when that one would not take it, or there is no queue."""

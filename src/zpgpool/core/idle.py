@@ -24,7 +24,6 @@ from ..settings import PoolSettings
 from .backoff import ConnectBackoff
 from .entry import Entry
 from .entry import HANG_UP
-from .entry import hang_up
 from .entry import NEVER
 from .entry import NEVER_YET
 from .handoff import CHECKING
@@ -32,6 +31,7 @@ from .handoff import CLOSING
 from .handoff import Handoff
 from .handoff import OPEN
 from .handoff import RETURNING
+from .hangup import hang_up
 from .notifier import Notifier
 from .opener import Opener
 from .workers import closers
@@ -232,12 +232,12 @@ class IdleConnections:
         if self.settings.minconn:
             yield now + REFILL_EVERY
 
-    def drain(self) -> None:
+    def drain(self, reason: str = "drained", later: bool = False) -> None:
         """Let every connection's lifetime end now: the idle ones are closed, the others when they return."""
         self._drained_at = monotonic()
         for entry in self.handoff.slots:
             entry.expire_now()
-        self.discard_parked("drained")
+        self.discard_parked(reason, later=later)
 
     # Closing ---------------------------------------------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ from psycopg2.extensions import connection as Connection
 from ..errors import PoolClosed
 from ..interfaces import IObserver
 from ..settings import PoolSettings
-from .entry import CANCEL
-from .entry import cancel
 from .entry import Entry
 from .handoff import Ticket
+from .hangup import CANCEL
+from .hangup import cancel
 from .lines import current_lines
 from .notifier import Notifier
 from .owners import Holder
@@ -48,6 +48,11 @@ class ManagedPool(Users):
     def last_connect_error(self) -> psycopg2.Error | None:
         """See `IConnectionPool`."""
         return self._connections.backoff.error
+
+    @property
+    def outage_seconds(self) -> float | None:
+        """See `IPoolManagement`."""
+        return self._connections.backoff.outage_seconds
 
     def drain(self) -> None:
         """See `IConnectionPool`."""

@@ -19,6 +19,8 @@ from ..events import ConnectionClosed
 from ..events import ConnectionLeaked
 from ..events import ConnectionOpened
 from ..events import notify
+from ..events import OutageBegan
+from ..events import OutageEnded
 from ..events import PoolEvent
 from ..events import RequestTimedOut
 from ..interfaces import IObserver
@@ -48,11 +50,21 @@ class Notifier:
         """Tell of a new connection, which took so long."""
         self._tell(ConnectionOpened, entry.backend_pid, seconds)
 
-    def cannot_connect(self, error: BaseException) -> None:
-        """Log a failure that no caller is told of."""
+    def cannot_connect(self, error: BaseException, outage_wait: float) -> None:
+        """Log a failure that no caller is told of: nobody waits, or those who do wait out the outage."""
         pool = self._pool()
         if pool is not None:
-            log.warning("%r cannot connect: %s", pool, pool.scrub(one_line(error)))
+            more = f"; who asks now waits for the server, up to {outage_wait:g} s" if outage_wait else ""
+            log.warning("%r cannot connect: %s%s", pool, pool.scrub(one_line(error)), more)
+
+    def outage_began(self, error: psycopg2.OperationalError) -> None:
+        """Tell that the server has gone."""
+        self._tell(OutageBegan, error)
+
+    def outage_ended(self, seconds: float, waiting: int) -> None:
+        """Tell that it is back, after so long, and how many waited for it."""
+        log.warning("%s: the server is back after %.1f s; %d waited for it", self, seconds, waiting)
+        self._tell(OutageEnded, seconds, waiting)
 
     def failed(self, error: psycopg2.OperationalError, seconds: float) -> None:
         """Tell of a connect that failed after so long."""

@@ -20,15 +20,30 @@ from ..settings import PoolSettings
 from .backoff import ConnectBackoff
 from .backoff import FIRST_PAUSE
 from .entry import Entry
+from .entry import NEVER_YET
 from .handoff import CLOSING
 from .handoff import CONNECTING
 from .handoff import Handoff
 from .handoff import Ticket
 from .notifier import Notifier
+from .outage import diagnose
+from .outage import diagnose_code
+from .outage import Diagnosis
+from .outage import is_servers
 from .session import check_two_phase
 from .session import set_up
 from .workers import Gate
 from .workers import start
+
+
+#: How long a second connect may take, which asks why the first one failed, in seconds.
+PATIENCE = 2.0
+
+#: For how long a server with too many clients is not told of again, in seconds.
+QUIET = 60.0
+
+#: How many texts of errors are remembered with what they say: a server has a few.
+MANY = 32
 
 
 class Opening:
@@ -48,6 +63,7 @@ class Opener:
     lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage
         collector: it must not take a lock.
     in_background -- whether other threads may open connections.
+    ask_why -- connects once more, until then (monotonic seconds), and returns the error of that, with its SQLSTATE.
     """
 
     def __init__(
@@ -58,6 +74,7 @@ class Opener:
         notifier: Notifier,
         lost: Callable[[weakref.ref[Connection]], object],
         in_background: bool,
+        ask_why: Callable[[float], str],
     ) -> None:
         self.handoff: Handoff[Entry]
         self.settings = settings
@@ -70,12 +87,15 @@ class Opener:
         self._lost = lost
         self._in_background = in_background
         self._may_prepare = False
+        self._ask_why = ask_why
+        self._quiet_until = NEVER_YET
+        self._diagnoses: dict[str, Diagnosis] = {}
         self._lock = threading.Lock()  # only for the counter: nothing that is called under it can call us
 
-    def fill(self) -> None:
+    def fill(self) -> float | None:
         """Open connections until one is on its way for each waiter, as far as there is room.
 
-        A connect that hangs does not count as on its way.
+        A connect that hangs does not count as on its way. Returns the seconds until the next try, if it is too early.
         """
         waiter: list[Ticket[Entry]] = []
 
@@ -88,6 +108,7 @@ class Opener:
         while len(self.handoff) < self.handoff.limit and (entry := self.handoff.reserve(may_fill)) is not None:
             entry.waiter = waiter[0]
             self._begin(entry)
+        return self.backoff.pause or None
 
     def open_missing(self, number: int) -> list[Opening]:
         """Begin to open connections up to `number`; only one while nothing proves that the server is there."""
@@ -155,7 +176,9 @@ class Opener:
             if conn is None:
                 self.handoff.free(entry)
                 return None
-            self.backoff.succeeded()
+            outage = self.backoff.succeeded()
+            if outage is not None:
+                self._notifier.outage_ended(outage, len(self.handoff.queue))
             entry.attach(conn, weakref.ref(conn, self._lost))
             set_up(conn, self.settings)
             if self.settings.twophase and not self._may_prepare:
@@ -163,34 +186,70 @@ class Opener:
                 self._may_prepare = True
             entry.begin(monotonic(), monotonic() - begun)
         except BaseException as error:
-            return self._give_up(entry, error.with_traceback(None), monotonic() - begun)
+            return self._give_up(entry, error.with_traceback(None), begun)
         entry.waiter = None  # the ticket may hold this entry as its answer: a cycle would keep it, were it lost
         del conn  # or this frame would keep it alive when its first user has lost it
         self._publish(entry, begun, monotonic() - begun)
         return None
 
-    def _give_up(self, entry: Entry, plain: BaseException, seconds: float) -> BaseException:
+    def _give_up(self, entry: Entry, plain: BaseException, begun: float) -> BaseException:
         """Close what there is, and tell the waiters. Their error has no traceback: it would show the password."""
-        entry.state = CLOSING
-        if entry.is_attached:
-            entry.close()
-        self.failures += 1
+        seconds = monotonic() - begun
         is_first = self.backoff.error is None
         try:
             if isinstance(plain, psycopg2.OperationalError):
-                self.backoff.failed(plain)
+                self._note_failure(plain, begun, is_connected=entry.is_attached)
                 self._notifier.failed(plain, seconds)
-            if is_first and not self.handoff.is_closed and not self.handoff.queue:
-                self._notifier.cannot_connect(plain)  # nobody waits who would be told
+            # Whoever waits is told, unless it waits for the server's return.
+            is_untold = not self.handoff.queue or self.backoff.may_pass
+            # A server with too many clients takes one now and then: that is told once a minute.
+            is_news = not self.backoff.is_full or begun >= self._quiet_until
+            if is_first and is_untold and is_news and not self.handoff.is_closed:
+                self._quiet_until = begun + QUIET
+                self._notifier.cannot_connect(plain, self.backoff.outage_wait if self.backoff.is_young else 0.0)
         finally:
+            entry.state = CLOSING
+            if entry.is_attached:
+                entry.close()
+            self.failures += 1
             self._tell_waiters(entry, plain)
         return plain
 
+    def _note_failure(self, error: psycopg2.OperationalError, begun: float, is_connected: bool) -> None:
+        """Find out what the error says, and remember it."""
+        text = str(error)
+        if is_connected:  # what failed is the set-up of the session
+            diagnosis = diagnose_code(error.pgcode)
+        elif is_servers(text):
+            diagnosis = self._diagnose(text)
+        else:
+            diagnosis = diagnose(text)
+        if self.backoff.failed(error, diagnosis, begun):
+            self._notifier.outage_began(error)
+
+    def _diagnose(self, text: str) -> Diagnosis:
+        """Return what the server's refusal says. Its text may be in any language, and psycopg2 gives no SQLSTATE."""
+        if text not in self._diagnoses:
+            if len(self._diagnoses) > MANY:
+                self._diagnoses.clear()
+            why = self._ask_why(monotonic() + PATIENCE)
+            if not is_servers(why):
+                return diagnose(why)  # it has changed meanwhile
+            self._diagnoses[text] = diagnose(why)
+        return self._diagnoses[text]
+
     def _tell_waiters(self, entry: Entry, plain: BaseException) -> None:
         """Give the error to the waiter for whom the connect was made; to all, if nothing is left to wait for."""
-        states = [slot.state for slot in self.handoff.slots if slot is not entry]
-        if entry.waiter is not None:
-            self.handoff.fail(lambda: plain, entry.waiter)
-        if isinstance(plain, psycopg2.OperationalError) and all(state in (CONNECTING, CLOSING) for state in states):
-            self.handoff.fail(self.backoff.copy)
+        is_servers_fault = isinstance(plain, psycopg2.OperationalError)
+        waiter = entry.waiter
+        if not (is_servers_fault and self.backoff.may_pass):
+            states = [slot.state for slot in self.handoff.slots if slot is not entry]
+            if waiter is not None:
+                self.handoff.fail(lambda: plain, waiter)
+            if is_servers_fault and all(state in (CONNECTING, CLOSING) for state in states):
+                self.handoff.fail(self.backoff.copy)
+        else:
+            if waiter is not None and self.backoff.is_full and waiter.until <= monotonic():
+                self.handoff.fail(lambda: plain, waiter)  # it does not wait for other users
+            self.handoff.shed(self.settings.max_waiting)  # they joined when room was to be had
         self.handoff.free(entry)

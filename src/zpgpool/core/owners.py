@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
 
+import psycopg2
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
@@ -39,6 +40,22 @@ from .lines import ENDED
 
 #: What each thread works on, by its number: something whose text says so. For holders and reports.
 tasks: dict[int, object] = {}
+
+
+class Work:
+    """What a thread works on, where that wants to know what became of its connections."""
+
+    #: Why it got no connection the last time, if it did not.
+    failure: psycopg2.Error | None = None
+
+    #: Whether one that it used was lost: the server has ended it, or the network; or `hold_limit`.
+    has_lost = was_ended = False
+
+
+def current_work() -> Work | None:
+    """Return what the calling thread works on, where that wants to know."""
+    work = tasks.get(threading.get_ident())
+    return work if isinstance(work, Work) else None
 
 
 @contextmanager

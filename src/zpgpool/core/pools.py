@@ -52,7 +52,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
                 return entry.conn
             owner.entry = None
             if entry.checkout is None or not entry.has_checkout:
-                self._connections.discard(entry, "its user closed it")
+                self._connections.replace(entry)
         entry = self._parked.pop(owner, None)
         now = monotonic()
         if entry is None:
@@ -247,7 +247,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             self._share(entry, owner)
             return entry.conn
         if self._remove(key, entry):
-            self._connections.discard(entry, "its user closed it")
+            self._connections.replace(entry)
         return None
 
     def putconn(self, conn: Connection | None = None, key: Hashable = None, close: bool = False) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import closing
 from time import monotonic
@@ -13,6 +15,7 @@ from psycopg2.extensions import POLL_OK
 from psycopg2.extensions import POLL_READ
 
 from ..errors import one_line
+from .libpq import tell_sqlstates
 
 
 class NoAnswer(Exception):
@@ -20,7 +23,7 @@ class NoAnswer(Exception):
 
 
 def query(
-    pool: Any, application_name: str, sql: str, args: Sequence[object], until: float
+    pool: Any, application_name: str, sql: str, args: Sequence[object] | Mapping[str, object], until: float
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Return the rows that `sql` gives, and the process number that the connection has been told.
 
@@ -38,6 +41,23 @@ def query(
         raise NoAnswer("the server does not answer") from None
     except (psycopg2.Error, OSError, UnicodeError) as error:
         raise NoAnswer(pool.scrub(one_line(error))) from None
+
+
+def ask_why(open_connection: Callable[..., Any], until: float) -> str:
+    """Connect once more, and return the error of that, with its SQLSTATE; nothing when it succeeds, or takes too long.
+
+    open_connection -- opens a connection, with libpq's keywords on top of the pool's.
+    until -- monotonic seconds.
+    """
+    try:
+        with closing(open_connection(async_=True)) as conn:
+            tell_sqlstates(conn)
+            _wait(conn, until)
+    except psycopg2.Error as error:
+        return str(error)
+    except (TimeoutError, OSError):
+        pass
+    return ""
 
 
 def _wait(conn: Any, until: float) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 
 from ..settings import PoolSettings
-from .entry import CANCEL
 from .entry import Entry
 from .entry import NEVER
 from .entry import Owner
 from .handoff import RETURNING
+from .hangup import CANCEL
 from .lines import current_lines
 from .notifier import Notifier
 from .owners import Holder
+from .owners import tasks
+from .owners import Work
 from .workers import cancellers
 
 
@@ -54,6 +56,8 @@ def end_held_too_long(users: Users, settings: PoolSettings, notifier: Notifier, 
             if entry.since != since:
                 continue
             entry.ended = since
+            if owner.is_alive and isinstance(work := tasks.get(owner.ident), Work):
+                work.was_ended = True
             holder = Holder.of(owner, entry, now, current_lines())
             log.error("%s: held for over %g s, and ended: %s", notifier, limit, holder)
             is_query = entry.is_active and entry.state != RETURNING

@@ -28,6 +28,7 @@ from ..events import ConnectFailed
 from ..events import ConnectionClosed
 from ..events import ConnectionLeaked
 from ..events import ConnectionOpened
+from ..events import OutageEnded
 from ..events import PoolEvent
 from ..events import RequestTimedOut
 from ..interfaces import IObserver
@@ -61,6 +62,7 @@ ENDS = {
     "its user lost it": "connection lost",
     "the server has gone": "server gone",
     "rested beside one that did not answer": "server gone",
+    "another connection was lost": "server gone",
 }
 
 
@@ -160,6 +162,8 @@ class History:
                 self._add("create_time", event.seconds)
             case ConnectFailed():
                 self._tell("connect failed", event.pool.scrub(one_line(event.error)))
+            case OutageEnded():
+                self._tell("server back", f"after {event.seconds:.1f} s; {event.waiting} waited for it")
             case RequestTimedOut():
                 with _lock:
                     self.timeouts += 1

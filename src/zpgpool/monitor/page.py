@@ -44,6 +44,11 @@ def verdict(pool: dict[str, Any]) -> tuple[str, str]:
     used, most, waiting = pool["used"], pool["max"], pool["waiting"]
     if pool["is_closed"]:
         return "bad", "The pool is closed."
+    if pool["outage_seconds"] is not None:
+        return "bad", (
+            f"The server cannot be reached for {seconds(pool['outage_seconds'])}; {waiting} wait for it: "
+            f"{pool['last_connect_error']}"
+        )
     if pool["last_connect_error"]:
         return "bad", f"The last connect failed: {pool['last_connect_error']}"
     if waiting:
@@ -159,8 +164,9 @@ def _tale(incident: dict[str, Any]) -> Row:
 
 
 def _line(line: str) -> str:
-    path, _, rest = line.rpartition(":")
-    return f'<code title="{_e(line)}">{_e("/".join([*path.split("/")[-2:]]) + ":" + rest if path else line)}</code>'
+    users, _, _ = line.partition(", inside ")
+    path, _, rest = users.rpartition(":")
+    return f'<code title="{_e(line)}">{_e("/".join([*path.split("/")[-2:]]) + ":" + rest if path else users)}</code>'
 
 
 def _more(text: str) -> str:

@@ -17,6 +17,7 @@ from .replica import classify
 from .replica import fail_over
 from .replica import Fault
 from .replica import has_body
+from .replica import is_repeatable
 from .replica import is_safe
 from .replica import may_succeed_on_primary
 from .replica import ReplicaLease
@@ -42,6 +43,7 @@ __all__ = [
     "fail_over",
     "has_body",
     "is_complete",
+    "is_repeatable",
     "is_safe",
     "lease_key",
     "local",

@@ -13,7 +13,9 @@ from types import FrameType
 from typing import Protocol
 from typing import TYPE_CHECKING
 
+from ..core import BROKEN
 from ..core import tasks
+from ..core import Work
 from ..errors import PoolClosed
 from ..errors import PoolError
 from ..interfaces import IPoolManagement
@@ -95,7 +97,7 @@ class SharedCheckout:
         self.transaction = transaction
 
 
-class Lease:
+class Lease(Work):
     """What a request holds of a pool: at most one connection, from its first use to the request's end.
 
     `str()` of it is what messages call the request.
@@ -222,6 +224,12 @@ class Lease:
         """Return what the request holds, without getting anything; from any thread."""
         return [] if self._shared is None else [self._shared.conn]
 
+    @property
+    def has_lost_connection(self) -> bool:
+        """Whether a connection of the request was lost: ended by the server, or the network, not by `hold_limit`."""
+        is_lost = self.has_lost or any(conn.closed == BROKEN for conn in self.connections())
+        return is_lost and not self.was_ended
+
     def had(self, error: psycopg2.Error) -> bool:
         """Whether the request had `error` from its connection: one without a cursor is of a closed connection."""
         conn = error.cursor.connection if error.cursor is not None else None
@@ -254,7 +262,7 @@ class Lease:
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
         self.environ.pop("zpgpool.connection", None)
-        self.frame = None
+        self.frame = self.failure = None
         self.is_over = True
 
     def _give_back(self) -> None:

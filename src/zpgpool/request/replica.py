@@ -60,6 +60,11 @@ def has_body(environ: WSGIEnvironment) -> bool:
     return environ.get("CONTENT_LENGTH", "") not in ("", "0") or "HTTP_TRANSFER_ENCODING" in environ
 
 
+def is_repeatable(environ: WSGIEnvironment) -> bool:
+    """Whether the request may be served twice: it promises to write nothing, and has no body."""
+    return environ.get("REQUEST_METHOD") in SAFE and not has_body(environ)
+
+
 def asks_for_primary(environ: WSGIEnvironment, seconds: float) -> bool:
     """Whether the request says so, or its client has written within so many seconds."""
     if environ.get(f"HTTP_{HEADER.upper().replace('-', '_')}", "0") not in ("", "0"):
