@@ -21,12 +21,13 @@ from pathlib import Path
 import psycopg2
 
 from benchmarks import harness
+from benchmarks.harness import free_port
 from benchmarks.harness import QUICK
 from benchmarks.harness import say
 from zpgpool.demo.server import EmbeddedServer
 
 
-MODULES = ["checkout", "requests", "overload", "faults", "growth", "fleet", "instructions"]
+MODULES = ["checkout", "requests", "overload", "faults", "outages", "growth", "fleet", "instructions"]
 
 KEPT = Path(__file__).parent.parent / "docs" / "benchmarks"
 
@@ -78,15 +79,6 @@ def keep(about: dict[str, str], asked: list[harness.Question]) -> None:
     questions = [*before.values(), *asked]
     harness.write(path, about, questions)
     report.write(KEPT, about, questions)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import psycopg2
 
 from benchmarks.harness import Figure
+from benchmarks.harness import free_port
 from benchmarks.harness import percentile
 from benchmarks.harness import Question
 from benchmarks.harness import QUICK
@@ -153,18 +154,41 @@ def agreements(server: Any) -> list[Question]:
     questions = [agree("fleet-direct", server.dsn, REAL, direct)]
     if program := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
         site = replace(REAL, maxconn=REAL.threads, shared=10)
-        with pgbouncer(program, server, 10) as dsn:
-            questions.append(agree("fleet-pgbouncer", dsn, site, "10 connections of PgBouncer"))
+        with pgbouncer(program, server, 10) as bouncer:
+            questions.append(agree("fleet-pgbouncer", bouncer.dsn, site, "10 connections of PgBouncer"))
     else:
         say("  without PgBouncer, which is not installed")
     return questions
 
 
-@contextmanager
-def pgbouncer(program: str, server: Any, connections: int) -> Iterator[str]:
-    """Run PgBouncer as the documentation has it, and give its dsn."""
-    from benchmarks.__main__ import free_port
+class Bouncer:
+    """A PgBouncer that runs."""
 
+    def __init__(self, command: list[str], dsn: str) -> None:
+        self._command = command
+        self.dsn = dsn
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            with suppress(psycopg2.OperationalError):
+                psycopg2.connect(self.dsn).close()
+                return
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+@contextmanager
+def pgbouncer(program: str, server: Any, connections: int) -> Iterator[Bouncer]:
+    """Run PgBouncer as the documentation has it."""
     port = free_port()
     values = {
         "shop": f"host={server.sockets} port={server.port} user=postgres dbname=postgres",
@@ -184,18 +208,11 @@ def pgbouncer(program: str, server: Any, connections: int) -> Iterator[str]:
         if os.geteuid() == 0:
             command = ["setpriv", "--reuid", SERVANT, "--clear-groups", "--inh-caps", "+dac_read_search",
                        "--ambient-caps", "+dac_read_search", *command]  # fmt: skip
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        dsn = f"host=127.0.0.1 port={port} user=postgres dbname=shop"
+        bouncer = Bouncer(command, f"host=127.0.0.1 port={port} user=postgres dbname=shop")
         try:
-            for _ in range(100):
-                with suppress(psycopg2.OperationalError):
-                    psycopg2.connect(dsn).close()
-                    break
-                time.sleep(0.05)
-            yield dsn
+            yield bouncer
         finally:
-            process.terminate()
-            process.wait()
+            bouncer.stop()
 
 
 # Up to a thousand ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import statistics
+import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -37,6 +39,8 @@ class Figure:
     high: float
     ratio: float | None = None
     more: dict[str, float] = field(default_factory=dict)
+    #: Moments of what is counted, in seconds since the beginning.
+    marks: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -106,6 +110,23 @@ def percentile(values: Iterable[float], percent: float) -> float:
     """Return the smallest value that is not below `percent` of all."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that nobody else is given while this process lives.
+
+    It stays bound, which on Linux keeps it from everyone who asks for any port, and from every outgoing connection; a
+    server that is told to listen on it may, as servers set SO_REUSEADDR.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    port: int = sock.getsockname()[1]
+    if sys.platform == "linux":
+        sock.detach()
+    else:
+        sock.close()
+    return port
 
 
 def write(path: Path, about: dict[str, Any], questions: list[Question]) -> None:

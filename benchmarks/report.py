@@ -38,8 +38,6 @@ def _colour(peer: str) -> str:
 
 def draw(question: Question, path: Path) -> None:
     """Draw the medians as bars, with their quartiles."""
-    mpl.rcParams["svg.hashsalt"] = "zpgpool"  # the same run gives the same file
-    mpl.rcParams["svg.fonttype"] = "none"
     drawing = Drawing(figsize=(8, 0.9 + 0.36 * len(question.figures)), layout="constrained")
     axes = drawing.subplots()
     figures = question.figures[::-1]
@@ -59,6 +57,24 @@ def draw(question: Question, path: Path) -> None:
     axes.set_title(question.title, loc="left", fontsize=11)
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, metadata={"Date": None})
+
+
+def draw_lost(questions: list[Question], path: Path) -> None:
+    """Draw the requests that were lost: a row for each pool, a mark for each request."""
+    drawing = Drawing(figsize=(8, 0.5 + 1.5 * len(questions)), layout="constrained")
+    panels = drawing.subplots(len(questions), sharex=True, squeeze=False)[:, 0]
+    for axes, question in zip(panels, questions, strict=True):
+        figures = question.figures[::-1]
+        axes.eventplot(
+            [figure.marks for figure in figures], colors="#b3322a", lineoffsets=range(len(figures)), linelengths=0.7
+        )
+        axes.set_yticks(range(len(figures)), [f"{figure.peer}: {figure.value:.0f} lost" for figure in figures])
+        for label, figure in zip(axes.get_yticklabels(), figures, strict=True):
+            label.set(color=_colour(figure.peer) if "zpgpool" in figure.peer else "#555555", fontsize=8)
+        axes.set_title(question.title.partition(": ")[2], loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("seconds; each mark is a request that got an error")
     drawing.savefig(path, metadata={"Date": None})
 
 
@@ -119,6 +135,10 @@ def _row(cells: list[str]) -> list[str]:
 
 def write(folder: Path, about: dict[str, Any], questions: list[Question]) -> None:
     """Write the drawings, and the tables that `docs/benchmarks.rst` and `docs/fleets.rst` include."""
+    mpl.rcParams["svg.hashsalt"] = "zpgpool"  # the same run gives the same file
+    mpl.rcParams["svg.fonttype"] = "none"
+    if lost := [question for question in questions if question.name.startswith("lost-")]:
+        draw_lost(lost, folder / "lost.svg")
     fleets = [question for question in questions if question.name.startswith("fleet-")]
     _write(folder, "tables.rst", about, [question for question in questions if question not in fleets])
     _write(folder, "fleets.rst", about, fleets)

@@ -14,6 +14,7 @@ import waitress.server
 
 import zpgpool
 from benchmarks import peers
+from zpgpool.paste import filter_app_factory
 from zpgpool.status import StatusApp
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
@@ -24,12 +25,18 @@ PAGES = {
     "/page": "SELECT n, md5(n::text) FROM generate_series(1, 20) AS n",
 }
 
+#: A page that reads with GET, and writes with POST: a query of five milliseconds each.
+OUTAGE = "/outage"
+READ, WRITE = "SELECT pg_sleep(0.005)", "INSERT INTO written SELECT gen_random_uuid()::text FROM pg_sleep(0.005)"
+
 WAYS: dict[str, Callable[[str, int], peers.Peer]] = {
     "limit": peers.thread_local,
     "psycopg2.pool": peers.theirs_psycopg2,
     "psycopg2-pool": peers.theirs_psycopg2_pool,
     "psycopg_pool": peers.theirs_psycopg_pool,
+    "psycopg_pool + check": peers.theirs_psycopg_pool_check,
     "SQLAlchemy": peers.theirs_sqlalchemy,
+    "SQLAlchemy + pre_ping": peers.theirs_sqlalchemy_ping,
     "DBUtils PersistentDB": peers.theirs_dbutils_persistent,
     "connect per request": peers.connect_each,
 }
@@ -55,11 +62,16 @@ def with_peer(peer: peers.Peer) -> Any:
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         path = environ["PATH_INFO"]
-        if path not in PAGES:
+        if path not in PAGES and path != OUTAGE:
             return answer(start_response, b"nothing")
         conn = peer.get()
         try:
-            body = respond(conn, path)
+            if path == OUTAGE:
+                use(conn, environ["REQUEST_METHOD"])
+                conn.commit()
+                body = b"done"
+            else:
+                body = respond(conn, path)
             if not getattr(conn, "autocommit", False):
                 conn.rollback()
         finally:
@@ -67,6 +79,29 @@ def with_peer(peer: peers.Peer) -> Any:
         return answer(start_response, body)
 
     return app
+
+
+def use(conn: Any, method: str) -> None:
+    """Do what the page of an outage does."""
+    cursor = conn.cursor()
+    cursor.execute(READ if method == "GET" else WRITE)
+    cursor.close()
+
+
+def with_filter(dsn: str, runs_transactions: bool) -> Any:
+    """Return an application behind our filter with its defaults."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        method = environ["REQUEST_METHOD"]
+        if method == "POST" and runs_transactions:
+            zpgpool.get_pool().run_transaction(lambda conn: use(conn, method))
+        else:
+            conn = get_connection(environ)
+            use(conn, method)
+            conn.commit()
+        return answer(start_response, b"done")
+
+    return filter_app_factory(app, {}, dsn=dsn, verify_commit=str(runs_transactions))
 
 
 def with_middleware(pool: Any) -> Any:
@@ -97,6 +132,8 @@ def with_status(site: Any) -> Any:
 def make_app(way: str, dsn: str, threads: int) -> Any:
     """Return the application that goes this way."""
     autocommit = way.endswith("autocommit")
+    if way in ("zpgpool defaults", "zpgpool run_transaction"):
+        return with_filter(dsn, way.endswith("run_transaction"))
     if way == "zpgpool watched":
         zpgpool.register_pool(zpgpool.PersistentConnectionPool(0, threads, dsn, idle_timeout=600, timeout=30))
         return with_status(with_middleware(zpgpool.get_pool()))

@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import psycopg2
+from benchmarks.harness import free_port
 
 from conftest import eventually
-from conftest import free_port
 from conftest import missing
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.demo.server import SERVANT

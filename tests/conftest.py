@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import NoReturn
 import psycopg2
 import pytest
 import zope.event
+from benchmarks.harness import free_port
 from psycopg2.extensions import make_dsn
 from zope.testing.cleanup import cleanUp
 
@@ -158,23 +158,6 @@ def missing(what: str, install: str) -> NoReturn:
     pytest.skip(f"{what}{MISSING}{install}")  # a contributor's machine may do without; CI may not
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on, and that nobody else is given while this process lives.
-
-    It stays bound, which on Linux keeps it from everyone who asks for any port, and from every outgoing connection; a
-    server that is told to listen on it may, as servers set SO_REUSEADDR.
-    """
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", 0))
-    port: int = sock.getsockname()[1]
-    if sys.platform == "linux":
-        sock.detach()
-    else:
-        sock.close()
-    return port
-
-
 @pytest.fixture
 def dsn(server_dsn: str) -> str:
     """The server's connection string, with an application name that only this test uses."""
@@ -227,6 +210,12 @@ def outside(dsn: str) -> Iterator[Outside]:
     watcher = Outside(dsn)
     yield watcher
     watcher.conn.close()
+
+
+@pytest.fixture
+def never_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no connect for one that hangs, although this machine may stand still for a second."""
+    monkeypatch.setattr("zpgpool.core.backoff.HANGS", float("inf"))
 
 
 @pytest.fixture

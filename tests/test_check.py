@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from benchmarks.harness import free_port
 from hypothesis import given
 from hypothesis import HealthCheck
 from hypothesis import settings
@@ -19,7 +20,6 @@ from psycopg2.extensions import make_dsn
 
 import zpgpool
 from bouncer import PgBouncer
-from conftest import free_port
 from conftest import Outside
 from proxy import Proxy
 from test_pgbouncer import MODES

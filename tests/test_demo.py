@@ -21,11 +21,11 @@ from urllib.parse import urlencode
 
 import psycopg2
 import pytest
+from benchmarks.harness import free_port
 from psycopg2.extensions import make_dsn
 
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import is_within
 
 
@@ -272,6 +272,7 @@ class TestPages:
             ("/stream", "POST", "GET, HEAD"),
             ("/fail", "POST", "GET, HEAD"),
             ("/load", "GET", "POST"),
+            ("/restart", "GET", "POST"),
         ],
     )
     def test_another_method_is_not_allowed(self, demo: Demo, path: str, method: str, allowed: str) -> None:
@@ -298,6 +299,14 @@ class TestPages:
         assert {holder["request"] for holder in pool["holders"]} == {"the demo's load"}
         assert "8 of 8 connections in use" in demo.ask("/status").text
         assert demo.ask("/status", "POST").status == 405
+
+    def test_the_database_is_restarted_and_nothing_fails(self, demo: Demo) -> None:
+        assert "Restart the database" in demo.ask().text
+        answer = demo.ask("/restart", "POST")
+        assert answer.status == 200
+        told = re.search(r"Of (\d+) requests meanwhile <strong>none failed</strong>", answer.text)
+        assert told is not None, answer.text
+        assert int(told[1]) > 0
 
     def test_a_host_that_a_client_made_up_does_no_harm(self, demo: Demo) -> None:
         assert '"><script>' not in demo.ask("/", Host='"><script>').text
@@ -488,6 +497,13 @@ class TestOptions:
                 assert cursor.fetchall() == [("elsewhere",)]
             assert demo.end() == 0
             assert "Starting PostgreSQL" not in demo.out.read_text()
+
+    def test_another_server_is_not_ours_to_restart(self, tmp_path: Path, database: str) -> None:
+        with running(tmp_path, "--dsn", database) as demo:
+            demo.begin()
+            assert "Restart" not in demo.ask().text
+            assert demo.ask("/restart", "POST").status == 404
+            assert demo.end() == 0
 
     def test_another_server_by_the_environment(self, tmp_path: Path, database: str) -> None:
         with running(tmp_path, "--dsn", "ENV:SOME_DSN", SOME_DSN=database) as demo:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.harness import free_port
 
 from bouncer import deployed
 from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import missing
 from conftest import Outside
 from zpgpool.demo.server import EmbeddedServer

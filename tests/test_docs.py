@@ -34,13 +34,13 @@ from typing import Any
 import psycopg2
 import pytest
 import transaction
+from benchmarks.harness import free_port
 from zope.component import getGlobalSiteManager
 from zope.interface.interface import InterfaceClass
 
 import zpgpool
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import made_once
 from conftest import missing
 from conftest import Outside

@@ -14,14 +14,14 @@ from typing import Any
 
 import psycopg2
 import pytest
+from benchmarks.harness import free_port
+from benchmarks.pair import OPTIONS
+from benchmarks.pair import Pair
 
 import zpgpool
 from conftest import eventually
-from conftest import free_port
 from conftest import is_within
 from conftest import run
-from pair import OPTIONS
-from pair import Pair
 from serving import waitress
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.wsgi import get_connection

@@ -18,6 +18,9 @@ from typing import Any
 import psycopg2
 import pytest
 import zope.event
+from benchmarks.harness import free_port
+from benchmarks.pair import OPTIONS
+from benchmarks.pair import Pair
 from pyramid.config import Configurator
 from pyramid.response import Response
 from webtest import TestApp
@@ -27,12 +30,9 @@ import outages
 import zpgpool
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import is_within
 from conftest import run
 from outages import Load
-from pair import OPTIONS
-from pair import Pair
 from proxy import Proxy
 from serving import waitress
 from test_zope import Instance

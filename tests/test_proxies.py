@@ -12,11 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from benchmarks.harness import free_port
 from paste.urlmap import URLMap
 
 from bouncer import deployed
 from conftest import eventually
-from conftest import free_port
 from conftest import missing
 from serving import waitress
 from zpgpool.status import StatusApp

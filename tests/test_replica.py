@@ -16,6 +16,8 @@ from typing import Any
 import psycopg2
 import pytest
 import transaction
+from benchmarks.harness import free_port
+from benchmarks.pair import Pair
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,10 +29,8 @@ from webtest import TestApp
 import zpgpool
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import is_within
 from conftest import run
-from pair import Pair
 from serving import waitress
 from zpgpool.core import lag
 from zpgpool.core.lag import lag_of

@@ -152,6 +152,7 @@ class TestEndedThreads:
         assert kept[0].closed
         pool.putconn(conn)
 
+    @pytest.mark.usefixtures("never_hangs")
     def test_a_thread_for_each_request_uses_few_connections(
         self, make_pool: MakePool, outside: Outside, factory: Any
     ) -> None:
@@ -308,7 +309,7 @@ application = PoolMiddleware(app, pool)
 
 def test_gunicorn_with_preload(dsn: str, outside: Outside, tmp_path: Path) -> None:
     """Each worker has backends of its own, and the master's session outlives them."""
-    from conftest import free_port
+    from benchmarks.harness import free_port
 
     port = free_port()
     (tmp_path / "preloaded.py").write_text(APP)

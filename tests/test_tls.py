@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import trustme
+from benchmarks.harness import free_port
 
 import zpgpool
 from conftest import DEFAULTS
-from conftest import free_port
 from conftest import missing
 from conftest import Outside
 from conftest import run

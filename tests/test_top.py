@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from benchmarks.harness import free_port
 
 import zpgpool
 from conftest import eventually
-from conftest import free_port
 from serving import waitress
 from zpgpool.__main__ import main
 from zpgpool.core import tasks

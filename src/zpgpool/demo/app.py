@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from importlib.resources import files
 from string import Template
 
-import psycopg2
 from psycopg2.extensions import connection as Connection
 from webob import Request
 from webob import Response
@@ -22,9 +19,11 @@ from webob.exc import HTTPSeeOther
 from webob.util import html_escape
 
 from .. import get_pool
-from ..core import task
-from ..interfaces import IConnectionPool
+from ..core import AbstractConnectionPool
 from ..wsgi import get_connection
+from .load import Load
+from .load import SECONDS
+from .server import EmbeddedServer
 
 
 #: One table; the lock keeps two processes from making it at the same time, which IF NOT EXISTS does not.
@@ -38,9 +37,7 @@ CREATE TABLE IF NOT EXISTS notes (
 LONGEST = 500
 SHOWN = 100
 
-#: How many threads more than there are connections make load, and for how long, in seconds.
-LOADERS = 4
-LOAD = 20.0
+RESTART = '<form method="post" action="{}/restart"><button>Restart the database</button></form>'
 
 #: Where demo.ini has the status page.
 STATUS = "/status"
@@ -57,7 +54,13 @@ def app_factory(global_conf: Mapping[str, str]) -> DemoApp:
 
 
 class DemoApp:
-    """`/` notes, `/stream` rows while they come, `/slow` keeps its connection, `/fail` stores nothing, `/load`."""
+    """`/` notes, `/stream` rows while they come, `/slow` keeps its connection, `/fail` stores nothing, `/load`.
+
+    And `/restart`, where the database is the demo's own: `own_server`.
+    """
+
+    #: Set by `serve`.
+    own_server: EmbeddedServer | None = None
 
     def __init__(self) -> None:
         folder = files(__package__)
@@ -65,7 +68,7 @@ class DemoApp:
         self._style = (folder / "style.css").read_bytes()
         self._lock = threading.Lock()
         self._is_ready = False
-        self._load_until = 0.0
+        self._load = Load()
 
     @wsgify
     def __call__(self, request: Request) -> Response:
@@ -75,6 +78,7 @@ class DemoApp:
             "/slow": self.slow,
             "/fail": self.fail,
             "/load": self.load,
+            "/restart": self.restart,
             "/style.css": self.style,
         }
         try:
@@ -84,7 +88,7 @@ class DemoApp:
         page = pages.get(path)
         if page is None:
             raise HTTPNotFound()
-        allowed = {"/": ["GET", "HEAD", "POST"], "/load": ["POST"]}.get(path, ["GET", "HEAD"])
+        allowed = {"/": ["GET", "HEAD", "POST"], "/load": ["POST"], "/restart": ["POST"]}.get(path, ["GET", "HEAD"])
         if request.method not in allowed:
             raise HTTPMethodNotAllowed(headers={"Allow": ", ".join(allowed)})
         return page(request)
@@ -115,7 +119,8 @@ class DemoApp:
             f'<input name="note" maxlength="{LONGEST}" aria-label="A note" placeholder="A note" required autofocus>'
             "<button>Add</button></form>\n" + (f"<ol>{items}</ol>" if rows else "<p>No notes yet.</p>") + "\n"
             f'<form method="post" action="{html_escape(request.script_name)}/load">'
-            f"<button>Make {LOAD:g} seconds of load</button></form>",
+            f"<button>Make {SECONDS:g} seconds of load</button></form>\n"
+            + (RESTART.format(html_escape(request.script_name)) if self.own_server else ""),
         )
 
     def stream(self, request: Request) -> Response:
@@ -147,13 +152,23 @@ class DemoApp:
 
     def load(self, request: Request) -> Response:
         """Have more threads than there are connections use the pool for a while, and show it meanwhile."""
-        pool = get_pool()
-        with self._lock:
-            is_on, until = time.monotonic() < self._load_until, time.monotonic() + LOAD
-            self._load_until = self._load_until if is_on else until
-        for number in range(0 if is_on else pool.maxconn + LOADERS):
-            threading.Thread(target=_use, args=(pool, until), name=f"demo-load-{number}", daemon=True).start()
+        self._load.start(_pool())
         raise HTTPSeeOther(location=f"{request.application_url}{STATUS}")
+
+    def restart(self, request: Request) -> Response:
+        """Restart the database under that load, and tell what became of its requests."""
+        if self.own_server is None:
+            raise HTTPNotFound()
+        down, tally = self._load.restart(_pool(), self.own_server)
+        return self._answer(
+            request,
+            self._connect(request),
+            "Restarted",
+            f'<p class="lead">PostgreSQL was down for {down:.1f} seconds. Of {tally.requests} requests meanwhile '
+            f"<strong>{tally.failed or 'none'} failed</strong>; the longest took {tally.longest:.1f} seconds, "
+            "of which its own query takes up to one.</p>\n"
+            f'<p>See <a href="{html_escape(request.script_name)}{STATUS}">what the pool tells of it</a>.</p>',
+        )
 
     def style(self, request: Request) -> Response:
         """Return the style sheet: no connection is taken for it."""
@@ -181,14 +196,10 @@ class DemoApp:
         return response
 
 
-def _use(pool: IConnectionPool, until: float) -> None:
-    try:
-        with task("the demo's load"):
-            while time.monotonic() < until:
-                with pool.connection() as conn, conn.cursor() as cursor:
-                    cursor.execute("SELECT pg_sleep(%s)", [random.uniform(0, 1)])
-    except psycopg2.Error:
-        pass  # the demo ends, or its server
+def _pool() -> AbstractConnectionPool:
+    pool = get_pool()
+    assert isinstance(pool, AbstractConnectionPool)
+    return pool
 
 
 def _number(request: Request, name: str, default: float, most: float) -> float:

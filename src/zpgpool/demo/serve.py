@@ -25,6 +25,7 @@ from ..dsn import read_environment
 from ..errors import CommandError
 from ..errors import one_line
 from ..settings import SettingError
+from .app import DemoApp
 from .server import EmbeddedServer
 from .server import ServerError
 
@@ -72,7 +73,8 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     dsn = args.dsn
     if dsn is None:
         print("Starting PostgreSQL ...", flush=True)
-        dsn = stack.enter_context(EmbeddedServer(args.data or data_folder())).dsn
+        DemoApp.own_server = stack.enter_context(EmbeddedServer(args.data or data_folder()))
+        dsn = DemoApp.own_server.dsn
     else:
         _try(dsn)
     os.environ["ZPGPOOL_DEMO_DSN"] = read_environment(dsn)

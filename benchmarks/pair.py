@@ -6,19 +6,27 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 
-from conftest import eventually
-from conftest import free_port
-from conftest import run
+from benchmarks.harness import free_port
 from zpgpool.demo.server import EmbeddedServer
 
 
 OPTIONS = {"fsync": "off", "max_connections": "50", "shared_buffers": "8MB", "wal_keep_size": "64MB"}
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until `condition()` is true. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(condition)
+        time.sleep(0.02)
 
 
 class Pair:
@@ -39,7 +47,11 @@ class Pair:
     def ask(self, server: EmbeddedServer, *statements: str) -> Any:
         with closing(psycopg2.connect(server.dsn)) as conn:
             conn.autocommit = True
-            return [run(conn, statement) for statement in statements][-1]
+            with conn.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+                row = cursor.fetchone() if cursor.description else None
+                return row and row[0]
 
     def attach(self, is_synchronous: bool = True) -> None:
         """Make the standby a copy of the primary, without which nothing is committed from then on, if synchronous."""
@@ -54,11 +66,11 @@ class Pair:
         )  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, cwd="/")
         self.standby.launch()
-        eventually(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"))
+        wait_until(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"))
         if not is_synchronous:
             return
         self.ask(self.primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
-        eventually(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        wait_until(lambda: self.ask(self.primary, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"))
 
     def fail_over(self) -> float:
         """Crash the primary and promote the standby; return when that is to be seen."""
@@ -70,7 +82,7 @@ class Pair:
             "SELECT pg_reload_conf()",
             "SELECT pg_promote()",
         )
-        eventually(lambda: self.ask(self.primary, "SELECT NOT pg_is_in_recovery()"))
+        wait_until(lambda: self.ask(self.primary, "SELECT NOT pg_is_in_recovery()"))
         return time.monotonic()
 
     def stop(self) -> None:
