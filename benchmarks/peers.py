@@ -62,7 +62,9 @@ def theirs_psycopg_pool(dsn: str, size: int, **options: Any) -> Peer:
 def theirs_psycopg_pool_check(dsn: str, size: int) -> Peer:
     import psycopg_pool
 
-    peer = theirs_psycopg_pool(dsn, size, check=psycopg_pool.ConnectionPool.check_connection)
+    # Without prepared statements, which a PgBouncer that pools transactions does not keep.
+    options = {"check": psycopg_pool.ConnectionPool.check_connection, "kwargs": {"prepare_threshold": None}}
+    peer = theirs_psycopg_pool(dsn, size, **options)
     peer.name += " + check"
     return peer
 
