@@ -52,7 +52,11 @@ class Proxy:
     def _accept(self) -> None:
         client, _ = self._listener.accept()
         self.accepted += 1
-        pair = client, socket.create_connection(("127.0.0.1", self._target))
+        try:
+            pair = client, socket.create_connection(("127.0.0.1", self._target))
+        except ConnectionRefusedError:
+            client.close()
+            return
         self._pairs.append(pair)
         self._ever.extend(pair)
 

@@ -13,6 +13,8 @@ import pytest
 
 import zpgpool
 from conftest import KINDS
+from zpgpool.wsgi import get_connection
+from zpgpool.wsgi import PoolMiddleware
 
 
 OURS = str(Path(zpgpool.__file__).parent)
@@ -34,6 +36,30 @@ def calls(function: Callable[[], object]) -> tuple[int, int]:
     finally:
         sys.setprofile(None)
     return frames, c_calls
+
+
+@pytest.mark.parametrize(("autocommit", "most"), [(None, 12), (True, 11)])
+def test_a_warm_request(make_pool: Any, autocommit: bool | None, most: int) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 4, idle_timeout=60, autocommit=autocommit)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        with get_connection(environ).cursor() as cursor:
+            cursor.execute("SELECT 1")
+        start_response("200 OK", [])
+        return [b""]
+
+    site = PoolMiddleware(app, pool)
+
+    def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+        return None
+
+    def serve() -> None:
+        site({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": ""}, start)
+
+    for _ in range(3):
+        serve()
+    frames, _ = calls(serve)
+    assert frames <= most
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -330,18 +330,20 @@ def test_an_unchanged_idle_connection_costs_no_round_trip(own_server: Any) -> No
 def test_a_return_that_is_interrupted_closes_the_connection(
     make_pool: MakePool, outside: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(minconn=0, maxconn=1, idle_timeout=60)
+    class Interrupted(ext.connection):
+        def rollback(self) -> None:
+            raise KeyboardInterrupt
 
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    conn = pool.getconn()
-    run(conn, "SELECT 1")
-    monkeypatch.setattr("zpgpool.core.entry.roll_back", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pool.putconn(conn)
-    monkeypatch.undo()
-    assert conn.closed
+    pool = make_pool(minconn=0, maxconn=1, idle_timeout=60, connection_factory=Interrupted)
+    for is_touched in (False, True):
+        conn = pool.getconn()
+        run(conn, "SELECT 1")
+        if is_touched:
+            conn.cursor_factory = None
+        with pytest.raises(KeyboardInterrupt):
+            pool.putconn(conn)
+        assert conn.closed
+    monkeypatch.setattr(Interrupted, "rollback", ext.connection.rollback)
     conn = pool.getconn()
     assert conn.info.transaction_status == ext.TRANSACTION_STATUS_IDLE
     pool.putconn(conn)

@@ -314,7 +314,7 @@ class TestAKeyThatIsNew:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
         pool.getconn("key").close()
         monkeypatch.setattr(pool, "_remove", lambda key, entry: False)
-        assert pool._conn_of("key", pool._local.owner) is None
+        assert pool._conn_of("key", pool.here.owner) is None
         monkeypatch.undo()
         pool.putconn(key="key")
 
@@ -327,7 +327,7 @@ class TestAKeyThatIsNew:
             entry = obtain(*args)
             if not winner:
                 winner.append(obtain(None, 5.0))
-                winner[0].owner = pool._local.owner
+                winner[0].owner = pool.here.owner
                 pool._used["key"] = winner[0]
             return entry
 

@@ -47,6 +47,7 @@ ORDER = {
             "handoff",
             "session",
             "libpq",
+            "readable",
             "entry",
             "hangup",
             "outage",

@@ -175,7 +175,12 @@ class TestWords:
 
     @pytest.mark.parametrize("value", ["maybe", 2, "t"])
     def test_nothing_else_is_taken_for_one_of_them(self, value: object) -> None:
-        assert refuse("autocommit", value) == f"option 'autocommit': expected true or false, or none, got {value!r}"
+        assert refuse("readonly", value) == f"option 'readonly': expected true or false, or none, got {value!r}"
+
+    def test_autocommit_has_a_third_word(self) -> None:
+        assert convert("autocommit", " Safe ") == "safe"
+        assert convert("autocommit", "on") is True
+        assert refuse("autocommit", 2) == "option 'autocommit': expected true or false, or safe, or none, got 2"
 
     @pytest.mark.parametrize("value", ["serializable", "SERIALIZABLE", " Serializable "])
     def test_an_isolation_level_in_any_case(self, value: str) -> None:

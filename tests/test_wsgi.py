@@ -24,7 +24,9 @@ from wsgiref.validate import validator
 
 import psycopg2
 import pytest
+import transaction
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
 from waitress.buffers import ReadOnlyFileBasedBuffer
 from webob import Request
 from webtest import TestApp
@@ -45,6 +47,7 @@ from conftest import run
 from serving import waitress
 from zpgpool.core import tasks
 from zpgpool.core.timer import MaintenanceTimer
+from zpgpool.datamanager import get_connection as get_transactions_connection
 from zpgpool.interfaces import IConnectionPool
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
@@ -1597,3 +1600,63 @@ class TestUnavailable:
             assert (response.status, response.getheader("Retry-After")) == (503, "5")
             assert response.read().startswith(b"The database is not available")
             client.close()
+
+
+class TestAutocommitSafe:
+    """`autocommit = safe`: requests that only read commit at once, the others have a transaction."""
+
+    @pytest.fixture(params=["persistent", "threaded"])
+    def pool(self, make_pool: MakePool, request: pytest.FixtureRequest) -> Any:
+        return make_pool(KINDS[request.param], 0, 2, autocommit="safe", idle_timeout=60)
+
+    @staticmethod
+    def ask(pool: Any, method: str, use: Any = lambda conn: None) -> bool:
+        """Return whether the request's connection is in a transaction after its query."""
+        seen: list[bool] = []
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            conn = get_connection(environ)
+            use(conn)
+            run(get_connection(environ), "SELECT 1")
+            seen.append(conn.get_transaction_status() != TRANSACTION_STATUS_IDLE)
+            start_response("200 OK", [*TEXT])
+            return [b""]
+
+        getattr(TestApp(PoolMiddleware(app, pool)), method.lower())("/")
+        return seen[0]
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+    def test_requests_that_read(self, pool: Any, method: str) -> None:
+        assert not self.ask(pool, method)
+
+    @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+    def test_requests_that_write(self, pool: Any, method: str) -> None:
+        assert self.ask(pool, method)
+
+    def test_the_next_user_finds_the_session_as_configured(self, pool: Any) -> None:
+        for method in ("GET", "POST", "GET", "POST"):
+            assert self.ask(pool, method) is (method == "POST")
+        with pool.connection() as conn:
+            assert conn.autocommit is False
+
+    def test_the_user_may_change_it(self, pool: Any) -> None:
+        def begin(conn: Any) -> None:
+            conn.autocommit = False
+
+        assert self.ask(pool, "GET", begin)
+
+    def test_a_transaction_is_one(self, pool: Any) -> None:
+        zpgpool.register_pool(pool)
+        seen: list[int] = []
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            assert get_connection(environ).autocommit is True
+            conn = get_transactions_connection()
+            run(conn, "SELECT 1")
+            seen.append(conn.get_transaction_status())
+            transaction.abort()
+            start_response("200 OK", [*TEXT])
+            return [b""]
+
+        TestApp(PoolMiddleware(app)).get("/")
+        assert seen == [TRANSACTION_STATUS_INTRANS]

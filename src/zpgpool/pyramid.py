@@ -12,7 +12,7 @@ from .registry import get_pool
 from .registry import make_pool
 from .registry import query_pool
 from .request import current_lease
-from .request import lease_key
+from .request import lease_keys
 from .settings import convert_with
 from .settings import count
 from .settings import flag
@@ -76,7 +76,7 @@ def get_connection(request: Any, name: str = "") -> Connection:
     """
     environ, registry = request.environ, request.registry
     tm = getattr(request, "tm", None)
-    is_served = lease_key(name) in environ
+    is_served = lease_keys[name] in environ
     if "tm.active" in environ or "repoze.tm.active" in environ or (tm is not None and not is_served):
         return get_transactions_connection(name, tm, registry)
     if not is_served and (lease := current_lease(get_pool(name, registry))):

@@ -118,6 +118,16 @@ def hook(value: object) -> Callable[..., object]:
     return value
 
 
+def when_to_commit(value: object) -> bool | str:
+    """Return a truth value, or "safe"."""
+    if isinstance(value, str) and value.strip().lower() == "safe":
+        return "safe"
+    try:
+        return flag(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or safe") from None
+
+
 def reset_hook(value: object) -> object:
     """Return "discard", or a callable."""
     if value == "discard":
@@ -208,7 +218,12 @@ class PoolSettings:
         "discard or callable",
         "done to a returned connection after the rollback; discard: DISCARD ALL",
     )
-    autocommit: bool | None = row(optional(flag), None, "true or false", "the session that every user gets")
+    autocommit: bool | Literal["safe"] | None = row(
+        optional(when_to_commit),
+        None,
+        "true, false or safe",
+        "the session that every user gets; safe: on for requests of safe methods (GET, HEAD, OPTIONS) alone",
+    )
     isolation_level: str | None = row(optional(level), None, "name", "the session that every user gets")
     readonly: bool | None = row(optional(flag), None, "true or false", "the session that every user gets")
     pooler: str | None = row(
@@ -245,7 +260,7 @@ class PoolSettings:
         for name in TABLE:
             object.__setattr__(self, name, convert(name, getattr(self, name)))
         check_sizes(self.minconn, self.maxconn)
-        if self.twophase and self.autocommit:
+        if self.twophase and self.autocommit is True:
             raise SettingError("option 'twophase' cannot be kept with option 'autocommit': there is no transaction")
         if self.replica and self.replica == self.name:
             raise SettingError(f"option 'replica': {self.name!r} is this pool itself")

@@ -46,7 +46,7 @@ from .request import is_repeatable
 from .request import is_safe
 from .request import KeyedLease
 from .request import Lease
-from .request import lease_key
+from .request import lease_keys
 from .request import local
 from .request import OwnLease
 from .request import ReplicaLease
@@ -76,7 +76,7 @@ def get_connection(environ: WSGIEnvironment, name: str = "") -> Connection:
     Raises PoolError when no middleware serves that pool to the request, or the request has ended; and what
     `IConnectionPool.getconn` raises.
     """
-    lease = environ.get(lease_key(name))
+    lease = environ.get(lease_keys[name])
     if not isinstance(lease, Lease):
         raise PoolError(f"no PoolMiddleware serves a pool named {name!r} to this request")
     return lease.connection()
@@ -124,7 +124,7 @@ class PoolMiddleware:
         self.retry_safe = retry_safe
         self.unavailable = unavailable
         self._registry = registry
-        self._key = lease_key(name)
+        self._key = lease_keys[name]
         self._is_by_name = pool is None
         self._pool: Pool | None = None
         if pool is not None:
@@ -147,6 +147,7 @@ class PoolMiddleware:
         self._lease_class = _lease_class(pool)
         settings: Any = getattr(pool, "settings", None)
         self._has_replica = bool(getattr(settings, "replica", ""))
+        self._commits_at_once = getattr(settings, "autocommit", None) == "safe"
         self._pool = pool
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -168,7 +169,7 @@ class PoolMiddleware:
         if self._has_replica:
             return self._route(environ, start_response, pool, before)
         # As it is now: applications change it, and a request that begins again begins as it did.
-        original = dict(environ) if self.retry_safe and is_repeatable(environ) else None
+        original = dict(environ) if self.retry_safe else None
         lease = self._lease_class(pool, environ, sys._getframe())
         return self._serve(environ, start_response, lease, before, original)
 
@@ -230,7 +231,10 @@ class PoolMiddleware:
         hook -- changes the headers just before they go out.
         """
         environ[self._key] = lease
-        response = HeldResponse(start_response)
+        if self._commits_at_once and is_safe(environ):
+            lease.commits_at_once = True
+        response = HeldResponse()
+        response.start_response = start_response
         response.hook = hook
         goes_on = begins_again = False
         try:
@@ -241,12 +245,12 @@ class PoolMiddleware:
             if self.eager:
                 environ["zpgpool.connection"] = lease.connection()
             body = self.app(environ, response)
-            if not is_complete(body, environ):
-                body, goes_on = _begin_body(body, lease, response, original is not None), True
+            if type(body) is not list and not is_complete(body, environ):
+                body, goes_on = _begin_body(body, lease, response, original), True
             elif (response.status or "").startswith("5"):
-                _reveal(body, response, lease, original is not None)
+                _reveal(body, response, lease, original)
         except Exception as error:
-            begins_again = original is not None and self._may_begin_again(error, response, lease)
+            begins_again = self._may_begin_again(error, original, response, lease)
             if not begins_again:
                 body = self._refuse(error, environ, response, lease)
         finally:
@@ -270,9 +274,11 @@ class PoolMiddleware:
             raise
         return body
 
-    def _may_begin_again(self, error: Exception, response: HeldResponse, lease: Lease) -> bool:
+    def _may_begin_again(
+        self, error: Exception, original: WSGIEnvironment | None, response: HeldResponse, lease: Lease
+    ) -> bool:
         """Whether the request has failed because of its connection, and nothing of its response was sent."""
-        if response.is_sent:
+        if original is None or response.is_sent or not is_repeatable(original):
             return False
         cause = database_error(error)
         if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
@@ -350,11 +356,11 @@ class PoolMiddleware:
         replica = None if asks_for_primary(environ, seconds) else self._find_replica(pool, settings)
         if replica is not None:
             _check_threads(replica, environ)
-        return serve(lambda: False, replica=replica, original=dict(environ) if is_repeatable(environ) else None)
+        return serve(lambda: False, replica=replica, original=dict(environ))
 
     def _lease_replica(self, environ: WSGIEnvironment, replica: Any, primary: Lease, name: str) -> Lease:
         """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
-        key = lease_key(name)
+        key = lease_keys[name]
         outer = environ.get(key)
         if not (isinstance(outer, Lease) and outer.pool is replica and not outer.is_over):
             outer = self._find_outer(environ, None, replica)
@@ -387,14 +393,16 @@ def _lease_class(pool: Pool) -> Any:
     return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
-def _begin_body(body: Iterable[bytes], lease: Lease, response: HeldResponse, may_begin_again: bool) -> Iterable[bytes]:
+def _begin_body(
+    body: Iterable[bytes], lease: Lease, response: HeldResponse, original: WSGIEnvironment | None
+) -> Iterable[bytes]:
     """Take the first chunk, with which the response starts; until then another one can take its place."""
     try:
         lease.begin_body()
         iterator = iter(body)
         first = list(islice(iterator, 1))
         if (response.status or "").startswith("5"):
-            _reveal((), response, lease, may_begin_again)  # the body is closed below
+            _reveal((), response, lease, original)  # the body is closed below
         response.send()
         return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
     except BaseException:
@@ -402,11 +410,11 @@ def _begin_body(body: Iterable[bytes], lease: Lease, response: HeldResponse, may
         raise
 
 
-def _reveal(body: object, response: HeldResponse, lease: Lease, may_begin_again: bool) -> None:
+def _reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
     """Raise the error of which the application has made a page of its own, where another answer takes its place."""
     failure = lease.failure
     if failure is None or lease.connections() or not _is_unavailable(failure, lease):
-        is_lost = may_begin_again and lease.has_lost_connection
+        is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
         _close(body)

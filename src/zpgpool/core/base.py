@@ -115,7 +115,8 @@ class AbstractConnectionPool(ManagedPool):
         self._notifier = Notifier(self)
         self._owners: set[ThreadOwner] = set()
         self._many_owners = MANY
-        self._local = OwnerLocal(weakly(self._add_owner))
+        #: `here.owner` is the calling thread, as this pool knows it.
+        self.here = OwnerLocal(weakly(self._add_owner))
         self._start()
         if open:
             try:
@@ -347,16 +348,11 @@ class AbstractConnectionPool(ManagedPool):
         now = monotonic()
         conn: Any = entry.conn
         # Entry.is_clean, written out, for a session that nobody touched.
-        if (
-            close
-            or now >= entry.expires
-            or self._is_long
-            or conn.is_touched
-            or conn.status != STATUS_READY
-            or conn.get_transaction_status()
-        ):
+        is_ordinary = not (close or now >= entry.expires or self._is_long or conn.is_touched)
+        if not is_ordinary or conn.status != STATUS_READY or conn.get_transaction_status():
             entry.owner = owner
-            if not self._connections.clean(entry, close):
+            connections = self._connections
+            if not (is_ordinary and connections.roll_back(entry, now)) and not connections.clean(entry, close):
                 return
             now = monotonic()
         entry.since = now

@@ -125,7 +125,8 @@ def _ask_status(pool: Any, number: dict[str, str], until: float) -> str:
     """Return "committed", "aborted", or why neither is known at `until` (monotonic seconds)."""
     for attempt in count():
         try:
-            [(status,)] = query(pool, "zpgpool commit", STATUS, number, until)[0]
+            one_try = min(until, monotonic() + PATIENCE / 2)  # the first of several hosts may be silent
+            [(status,)] = query(pool, "zpgpool commit", STATUS, number, one_try)[0]
         except NoAnswer as error:
             status = str(error)
             is_final = False

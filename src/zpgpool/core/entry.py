@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import weakref
@@ -28,6 +27,7 @@ from ..settings import Reset
 from .handoff import Slot
 from .handoff import Ticket
 from .libpq import CancelHandle
+from .readable import make_look
 from .session import forget_messages
 from .session import is_touched
 from .session import restore
@@ -140,9 +140,8 @@ class Entry(Slot):
     #: The connection's socket, by a descriptor of ours: whoever has closed the connection, this tells when the server
     #: has hung up, and can be looked at and cut without a fear that its number belongs to another socket by now.
     sock: socket.socket
-    #: `look(0)` is empty while nothing waits on the socket: a bound method, so that the hit path pays one call. For
-    #: the owner of the slot only: a second thread in it would raise RuntimeError.
-    look: Callable[[int], list[tuple[int, int]]]
+    #: `look(0)` is 0 while nothing waits on the socket.
+    look: Callable[[int], int]
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,9 +158,7 @@ class Entry(Slot):
     def attach(self, conn: Connection, ref: weakref.ref[Connection]) -> None:
         """Take a new connection."""
         sock = socket.socket(fileno=os.dup(conn.fileno()))  # first: without a descriptor left, nothing has begun
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        self.look = poll.poll
+        self.look = make_look(sock)
         hash(ref)  # now or never: a dead reference has no hash, unless it was asked before
         self.conn, self.ref, self.pid, self.sock = conn, ref, os.getpid(), sock
         self.backend_pid = conn.get_backend_pid()

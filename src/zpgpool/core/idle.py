@@ -181,7 +181,6 @@ class IdleConnections:
     def look_at_all(self) -> None:
         """Discard the idle connections whose server is gone: one look at all sockets, no round trip."""
         parked = {entry.sock.fileno(): (key, entry) for key, entry in list(self._parked.items())}
-        # Not by Entry.look: two threads cannot call one poll object, and users call theirs.
         poll = select.poll()
         for number in parked.keys() - {-1}:
             poll.register(number, select.POLLIN)

@@ -45,7 +45,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def getconn(self, *, timeout: float | None = None) -> Connection:
         """See `IPersistentConnectionPool`."""
-        owner = self._local.owner
+        owner = self.here.owner
         entry = owner.entry
         if entry is not None:
             if not entry.conn.closed:
@@ -69,7 +69,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def putconn(self, conn: Connection | None = None, close: bool = False) -> None:
         """See `IPersistentConnectionPool`."""
-        owner = self._local.owner
+        owner = self.here.owner
         entry = owner.entry
         if entry is None or (conn is not None and conn is not entry.conn):
             self._refuse("this thread does not hold that connection; was it put away before?")
@@ -81,7 +81,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
     @contextmanager
     def connection(self, *, timeout: float | None = None) -> Iterator[Connection]:
         """See `IConnectionPool`."""
-        owner = self._local.owner
+        owner = self.here.owner
         token, conn = self._begin_block(owner), None
         try:
             conn = self.getconn(timeout=timeout)
@@ -95,7 +95,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def checkout(self, conn: Connection | None = None) -> Checkout:
         """See `IConnectionPool`."""
-        home, life = self._local.owner, LifeToken()
+        home, life = self.here.owner, LifeToken()
         if conn is None:
             entry = self._obtain(self._parked.pop(home, None))
             home.uses += 1
@@ -128,7 +128,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def owner(self) -> ThreadOwner:
         """See `IPersistentConnectionPool`."""
-        return self._local.owner
+        return self.here.owner
 
     def connection_of(self, owner: ThreadOwner) -> Connection | None:
         """See `IPersistentConnectionPool`."""
@@ -140,7 +140,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
         entry = owner.entry
         if entry is None:
             return False
-        if owner is self._local.owner:
+        if owner is self.here.owner:
             owner.entry = None  # its own thread needs no lock
         elif not self._remove_user(owner, entry):
             return False
@@ -189,7 +189,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
 
     def getconn(self, key: Hashable = None, *, timeout: float | None = None) -> Connection:
         """See `IKeyedConnectionPool`."""
-        owner = self._local.owner
+        owner = self.here.owner
         if key is not None:
             return self._getconn_by_key(key, owner, timeout)
         entry = self._parked.pop(owner, None)
@@ -256,7 +256,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             entry = self._take_out(conn, key)
         else:
             entry.conn = conn
-        self._give_back(self._local.owner, entry, close)
+        self._give_back(self.here.owner, entry, close)
 
     def _take_out(self, conn: Connection | None, key: Hashable) -> Entry:
         """Remove what `key` holds, or what `conn` is under whatever key; refuse where they do not match."""
@@ -270,7 +270,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
 
     def checkout(self, conn: Connection | None = None) -> Checkout:
         """See `IConnectionPool`."""
-        home = self._local.owner
+        home = self.here.owner
         if conn is None:
             conn = self.getconn()
         key = CheckoutKey()
@@ -293,7 +293,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def connection(self, key: Hashable = None, *, timeout: float | None = None) -> Iterator[Connection]:
         """See `IKeyedConnectionPool`."""
         if key is None:
-            key = self._local.owner
+            key = self.here.owner
         token, conn = self._begin_block(key), None
         try:
             conn = self.getconn(key, timeout=timeout)
@@ -307,7 +307,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
 
     def _put_away(self, key: Hashable, entry: Entry) -> None:
         if self._remove(key, entry):
-            self._give_back(self._local.owner, entry, close=False)
+            self._give_back(self.here.owner, entry, close=False)
 
     def _users(self) -> list[tuple[Owner, Entry]]:
         return [(self._owner(entry), entry) for entry in list(self._used.values())]

@@ -151,6 +151,8 @@ def forget_messages(conn: Connection) -> None:
 def set_up(conn: Connection, settings: PoolSettings) -> None:
     """Give a new session, or one that was discarded, what is configured. Raises PoolError, and what psycopg2 does."""
     session: dict[str, Any] = {name: getattr(settings, name) for name in SESSION}
+    if session["autocommit"] == "safe":
+        session["autocommit"] = None  # until a request of a safe method has it
     if any(value is not None for value in session.values()):
         conn.set_session(**session)
     if settings.configure is not None:

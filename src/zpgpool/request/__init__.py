@@ -7,7 +7,7 @@ from .disconnects import Disconnects
 from .lease import current_lease
 from .lease import KeyedLease
 from .lease import Lease
-from .lease import lease_key
+from .lease import lease_keys
 from .lease import local
 from .lease import OwnLease
 from .lease import SharedCheckout
@@ -45,7 +45,7 @@ __all__ = [
     "is_complete",
     "is_repeatable",
     "is_safe",
-    "lease_key",
+    "lease_keys",
     "local",
     "may_succeed_on_primary",
     "with_write_cookie",

@@ -10,8 +10,11 @@ import sys
 import threading
 from threading import get_ident
 from types import FrameType
+from typing import Any
 from typing import Protocol
 from typing import TYPE_CHECKING
+
+from psycopg2.extensions import STATUS_READY
 
 from ..core import BROKEN
 from ..core import tasks
@@ -35,9 +38,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("zpgpool")
 
 
-def lease_key(name: str) -> str:
-    """Return where `environ` has the lease of the pool `name`."""
-    return f"zpgpool.lease.{name}" if name else "zpgpool.lease"
+class LeaseKeys(dict[str, str]):
+    """Where `environ` has the lease of a pool, by the pool's name."""
+
+    def __missing__(self, name: str) -> str:
+        key = self[name] = f"zpgpool.lease.{name}" if name else "zpgpool.lease"
+        return key
+
+
+lease_keys = LeaseKeys()
 
 
 class Transaction(Protocol):
@@ -114,6 +123,16 @@ class Lease(Work):
     #: Whether the transaction began in the body: then nobody else ends it.
     _is_shared_in_body = False
 
+    #: The pool, where the connection is the thread's that `_owner` stands for: see `ThreadLease`.
+    _thread_pool: PersistentPool | None = None
+    _owner: Any = None
+
+    #: Whether the request reads only, and its pool has `autocommit = safe`.
+    commits_at_once = False
+
+    #: The connection for which that was set.
+    _at_once: Connection | None = None
+
     #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.
     _ender = 0
 
@@ -187,6 +206,13 @@ class Lease(Work):
         """Return the request's connection. Raises PoolError after the request's end, and what `getconn` raises."""
         raise NotImplementedError  # each kind of pool has a lease of its own, which says how
 
+    def _commit_at_once(self, conn: Connection) -> Connection:
+        """Set autocommit once: the user may change it after that. The return sets it back."""
+        if conn is not self._at_once and conn.status == STATUS_READY:
+            conn.autocommit = True
+            self._at_once = conn
+        return conn
+
     def shared_connection(self) -> Connection | None:
         """Return the connection that a transaction shares; None without one, or when it was closed."""
         if self.is_over:
@@ -209,6 +235,8 @@ class Lease(Work):
         conn = self.shared_connection()
         if self._shared is None:
             conn = self.connection() if conn is None else conn
+            if conn is self._at_once:
+                conn.autocommit = False
             self._shared = SharedCheckout(self.pool.checkout(conn), self)
             self._hand_over()
         if self._shared.transaction is not None:
@@ -252,7 +280,10 @@ class Lease(Work):
         try:
             if self._shared is not None:
                 self._end_shared(self._shared)
-            self._give_back()
+            if self._thread_pool is not None:  # here, and not in `_give_back`: a call less for each request
+                self._thread_pool.putconn_of(self._owner, bool(self.environ.get("wsgi.run_once")))
+            else:
+                self._give_back()
         except PoolClosed:
             pass  # the pool was closed during the request, and its connection with it
         except PoolError as error:
@@ -262,7 +293,7 @@ class Lease(Work):
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
         self.environ.pop("zpgpool.connection", None)
-        self.frame = self.failure = None
+        self.frame = self.failure = self._at_once = None
         self.is_over = True
 
     def _give_back(self) -> None:
@@ -291,11 +322,19 @@ class ThreadLease(Lease):
     pool: PersistentPool
 
     def __init__(self, pool: PersistentPool, environ: WSGIEnvironment, frame: FrameType | None = None) -> None:
-        self._owner = pool.owner()
-        super().__init__(pool, environ, frame)
-        if pool.connection_of(self._owner) is not None:
+        # That of `Lease`, written out, and a look without a call where the pool is one of ours: see test_budget.py.
+        self.pool = self._thread_pool = pool
+        self.environ = environ
+        self.frame = frame
+        self._thread = get_ident()
+        here: Any = getattr(pool, "here", None)
+        owner = self._owner = pool.owner() if here is None else here.owner
+        self.home = local.state
+        self.home.leases[id(pool)] = self  # last: an exception may come between any two lines
+        tasks[self._thread] = self
+        if (here is None or owner.entry is not None) and pool.connection_of(owner) is not None:
             log.warning("%s: its thread had a connection when it began; that is rolled back, and returned", self)
-            pool.putconn_of(self._owner)
+            pool.putconn_of(owner)
 
     def connection(self) -> Connection:
         """See `Lease`."""
@@ -309,15 +348,13 @@ class ThreadLease(Lease):
                 return conn
             tasks.pop(self._thread, None)
             self._owner, self._thread = self.pool.owner(), get_ident()
-        return self.pool.getconn()
+        conn = self.pool.getconn()
+        return self._commit_at_once(conn) if self.commits_at_once else conn
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""
         conn = self.pool.connection_of(self._owner)
         return super().connections() if conn is None else [conn]
-
-    def _give_back(self) -> None:
-        self.pool.putconn_of(self._owner, bool(self.environ.get("wsgi.run_once")))
 
 
 class OwnLease(Lease):
@@ -337,7 +374,7 @@ class OwnLease(Lease):
         if self._conn is None or self._conn.closed:
             self._give_back()
             self._conn = self._getconn()
-        return self._conn
+        return self._commit_at_once(self._conn) if self.commits_at_once else self._conn
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from enum import Enum
+from typing import Any
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -133,10 +134,21 @@ class ReplicaLease(Lease):
         self._is_own = is_own
         self._before: Lease | None = None
         self.is_reading = True
+        replicas: Any = getattr(replica.pool, "settings", None)
+        replica.commits_at_once = getattr(replicas, "autocommit", None) == "safe"
         #: Whether the replica has refused a write.
         self.has_tried_to_write = False
         #: The last error that was the replica's: its transaction runs again.
         self._blamed: psycopg2.Error | None = None
+
+    @property
+    def commits_at_once(self) -> bool:
+        """See `Lease`: of the primary's; the replica's pool has a setting of its own."""
+        return self._primary.commits_at_once
+
+    @commits_at_once.setter
+    def commits_at_once(self, value: bool) -> None:
+        self._primary.commits_at_once = value
 
     def enter(self, frame: FrameType) -> Lease | None:
         """See `Lease`."""

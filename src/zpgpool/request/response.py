@@ -24,20 +24,19 @@ class HeldResponse:
     hook -- called with the headers just before they go to the server; may return others.
     """
 
-    __slots__ = ("_start_response", "_write", "headers", "hook", "is_sent", "status")
+    #: The server's; set by whoever makes it. Without `__init__` there is a call less in each request.
+    start_response: StartResponse
 
-    def __init__(self, start_response: StartResponse) -> None:
-        self._start_response = start_response
-        self._write: Callable[[bytes], object] | None = None
-        self.hook: Callable[[Headers], Headers] | None = None
-        self.status: str | None = None
-        self.headers: Headers = []
-        self.is_sent = False
+    hook: Callable[[Headers], Headers] | None = None
+    status: str | None = None
+    headers: Headers
+    is_sent = False
+    _write: Callable[[bytes], object] | None = None
 
     def __call__(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[[bytes], object]:
         if self.is_sent:
             # The server knows what it has sent, and raises, or replaces what it has not.
-            return self._start_response(status, headers, *(() if exc_info is None else (exc_info,)))
+            return self.start_response(status, headers, *(() if exc_info is None else (exc_info,)))
         if self.status is not None and exc_info is None:
             raise AssertionError("start_response was called a second time, without exc_info (PEP 3333)")
         self.status, self.headers = status, headers
@@ -54,7 +53,7 @@ class HeldResponse:
         if self.status is not None and not self.is_sent:
             self.is_sent = True
             headers = self.headers if self.hook is None else self.hook(self.headers)
-            self._write = self._start_response(self.status, headers)
+            self._write = self.start_response(self.status, headers)
 
     def forget(self) -> None:
         """Forget what the application said: another response takes its place."""
