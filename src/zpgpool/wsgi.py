@@ -412,7 +412,7 @@ def _begin_body(
 
 def _reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
     """Raise the error of which the application has made a page of its own, where another answer takes its place."""
-    failure = lease.failure
+    failure = lease.failure if (response.status or "").startswith("500") else None
     if failure is None or lease.connections() or not _is_unavailable(failure, lease):
         is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
         failure = psycopg2.OperationalError(response.status) if is_lost else None
