@@ -1,7 +1,7 @@
-"""SQLAlchemy: `create_engine("postgresql+psycopg2://", poolclass=pool_class("main"))` takes its connections from a pool.
+"""SQLAlchemy: `create_engine("postgresql+psycopg2://", poolclass=pool_class("main"))` is an engine on a pool.
 
-SQLAlchemy knows a connection by its record, which it makes, and tells of by the event `connect`, when the connection is
-new. So there is one record for each connection of the pool, and it is kept while the connection rests there.
+SQLAlchemy has a record of each connection, and sends the event `connect` when it makes one. So a record is kept while
+its connection rests in the pool: the listeners, and the driver's own set-up, see each connection once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ try:
     import sqlalchemy.pool
     from sqlalchemy.exc import ArgumentError
     from sqlalchemy.exc import TimeoutError
-    from sqlalchemy.pool import _ConnectionRecord
+    from sqlalchemy.pool.base import _ConnectionRecord
 except ImportError as error:
     raise ImportError(f"zpgpool.sqlalchemy needs the extra zpgpool[sqlalchemy]: {error}") from None
 
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
-    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
     from zope.interface.registry import Components
 
@@ -94,7 +93,7 @@ class _Record(_ConnectionRecord):
 
 
 class _Pool(sqlalchemy.pool.Pool):
-    """A pool as its engine sees it. Refuses `pool_size`, `pool_pre_ping` and the like, which are settings of the pool."""
+    """A pool as its engine sees it. Refuses `pool_size`, `pool_pre_ping` and the like: the pool has its settings."""
 
     find: Callable[[], Pool]
 
@@ -111,9 +110,8 @@ class _Pool(sqlalchemy.pool.Pool):
         driver = getattr(dialect, "driver", "psycopg2")
         if driver != "psycopg2":
             raise ArgumentError(f"zpgpool has connections of psycopg2, not of {driver}: use postgresql+psycopg2://")
-        super().__init__(
-            self._connect, -1, echo, logging_name, reset_on_return, events, dialect, _dispatch=_dispatch
-        )
+        connect: Any = self._connect
+        super().__init__(connect, -1, echo, logging_name, reset_on_return, events, dialect, _dispatch=_dispatch)
         self._source: Pool | None = None
         #: The records of the connections that rest in the pool.
         self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
@@ -156,17 +154,17 @@ class _Pool(sqlalchemy.pool.Pool):
                 conn = self._getconn()
         return conn
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+    def _do_return_conn(self, record: Any) -> None:
         conn = record.dbapi_connection
         if conn is None:
             return  # it was closed, or detached
-        if record._is_hard_or_soft_invalidated():  # type: ignore[attr-defined]
+        if record._is_hard_or_soft_invalidated():
             record.close()
             return
         record.dbapi_connection = None
-        self._records[conn] = record  # type: ignore[assignment]  # before: the next user may come at once
+        self._records[conn] = record  # first: the next user may come at once
         with suppress(PoolError):
-            self.source.putconn(conn)  # type: ignore[arg-type]
+            self.source.putconn(conn)
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         # The pool closes it, so that its place is free. In a forked child, and after its end, it has done so already.
@@ -175,9 +173,10 @@ class _Pool(sqlalchemy.pool.Pool):
 
     def dispose(self) -> None:
         """Replace all connections of the pool: those in use when they are returned."""
-        if IPoolManagement.providedBy(self._source):
+        source: Any = self._source
+        if IPoolManagement.providedBy(source):
             with suppress(PoolError):
-                self._source.drain()
+                source.drain()
 
     def recreate(self) -> _Pool:
         """Return another one like this."""
