@@ -1,0 +1,168 @@
+"""The database backend: what Django's own pool does there with psycopg 3, a pool of zpgpool does with psycopg2.
+
+Django closes its connection at the end of each request, which here returns it to the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import psycopg2
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS
+from django.db.backends.base.base import NO_DB_ALIAS
+from django.db.backends.postgresql import base
+from django.db.backends.postgresql.psycopg_any import is_psycopg3
+
+from ..core import ThreadedConnectionPool
+from ..errors import PoolError
+from ..errors import SettingError
+from ..registry import query_pool
+from ..registry import register_pool
+from ..registry import unregister_pool
+from ..settings import read_options
+from ..settings import TABLE
+from . import Unavailable
+
+
+if is_psycopg3:
+    raise ImproperlyConfigured(
+        "zpgpool.django is for psycopg2, but psycopg 3 is installed, and Django prefers it: pip uninstall psycopg, or "
+        "use the ENGINE django.db.backends.postgresql, which has a pool for psycopg 3 in OPTIONS['pool']"
+    )
+
+#: The pools of this process, by what tells their connections apart.
+_pools: dict[Any, ThreadedConnectionPool] = {}
+
+
+class DatabaseWrapper(base.DatabaseWrapper):
+    """A connection of Django's: a connection of the pool, as long as it is open.
+
+    `OPTIONS["zpgpool"]` has the settings of the pool, with the defaults for files. There is a pool for each set of
+    connection parameters, registered under the alias that used it first.
+
+    Raises ImproperlyConfigured for settings that cannot be kept with a pool, or cannot be.
+    """
+
+    #: psycopg2's connection, if there is one now.
+    connection: Any
+
+    #: Where it came from, and goes back to.
+    _source: ThreadedConnectionPool | None = None
+
+    def __init__(self, settings_dict: dict[str, Any], alias: str = DEFAULT_DB_ALIAS) -> None:
+        super().__init__(settings_dict, alias)
+        if settings_dict.get("CONN_MAX_AGE", 0) != 0:
+            raise ImproperlyConfigured(
+                f"DATABASES[{alias!r}]: CONN_MAX_AGE must be 0 with zpgpool.django, so that each request returns its "
+                "connection: how long the pool keeps it is said by OPTIONS['zpgpool'], in idle_timeout and max_lifetime"
+            )
+        if settings_dict.get("OPTIONS", {}).get("pool"):
+            raise ImproperlyConfigured(
+                f"DATABASES[{alias!r}]: OPTIONS['pool'] is for psycopg 3; the settings of zpgpool.django are in "
+                "OPTIONS['zpgpool']"
+            )
+
+    @property
+    def pool(self) -> ThreadedConnectionPool | None:
+        """The pool of these connection parameters, which Django's own code uses where there is one."""
+        if self.alias == NO_DB_ALIAS:
+            return None
+        return self._source or self._find_pool()
+
+    def close_pool(self) -> None:
+        """Close the pools of this database, as Django does before it copies or drops one that is for tests."""
+        database = _database_of(self.get_connection_params())
+        for key, pool in list(_pools.items()):
+            if key[0] == database:
+                del _pools[key]
+                if query_pool(pool.name) is pool:
+                    unregister_pool(pool.name)
+                pool.close(0)
+
+    def ensure_timezone(self) -> bool:
+        """Give the connection the time zone that is wanted now. A new one comes from a pool that has it."""
+        return self.connection is not None and bool(self._configure_timezone(self.connection))
+
+    def get_connection_params(self) -> dict[str, Any]:
+        """Return what `psycopg2.connect()` takes."""
+        parameters: dict[str, Any] = super().get_connection_params()
+        parameters.pop("zpgpool", None)
+        return parameters
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """Return a connection of the pool. Raises Unavailable when there is none."""
+        self._source = self.pool
+        try:
+            return super().get_new_connection(conn_params)
+        except BaseException as error:
+            self._source = None
+            if isinstance(error, PoolError | psycopg2.OperationalError):
+                raise Unavailable(str(error)) from error
+            raise
+
+    def _close(self) -> None:
+        source, self._source = self._source, None
+        if source is None:
+            super()._close()
+        elif self.connection is not None:
+            # Without self.connection first: nobody may use what somebody else has.
+            conn, self.connection = self.connection, None
+            with suppress(PoolError):  # the pool was closed, or the process has forked
+                source.putconn(conn)
+
+    def _find_pool(self) -> ThreadedConnectionPool:
+        parameters = self.get_connection_params()
+        options = self.settings_dict["OPTIONS"]
+        own = options.get("zpgpool", {})
+        database, role = _database_of(parameters), options.get("assume_role")
+        key = (database, _freeze(parameters), _freeze(own), self.timezone_name, role)
+        found = _pools.get(key)
+        if found is None:
+            made = self._make_pool(parameters, own)
+            found = _pools.setdefault(key, made)  # another thread may have been here, too
+            if found is made:
+                _register(made, self.alias)
+        return found
+
+    def _make_pool(self, parameters: dict[str, Any], own: Mapping[str, Any]) -> ThreadedConnectionPool:
+        try:
+            if misplaced := sorted(TABLE.keys() & parameters.keys()):
+                raise SettingError(f"option {misplaced[0]!r} belongs into OPTIONS['zpgpool']")
+            settings, libpq = read_options(own)
+            if libpq:
+                raise SettingError(f"option {min(libpq)!r} belongs into OPTIONS itself, or is one of Django's own")
+            template, timezone_name, configure = self.copy(), self.timezone_name, settings["configure"]
+
+            def configure_too(conn: Any) -> None:
+                # Another one for each connection: several are opened at a time, each in a thread of its own.
+                wrapper = template.copy(NO_DB_ALIAS)
+                wrapper.timezone_name, wrapper.connection = timezone_name, conn
+                wrapper._configure_connection(conn)
+                if configure is not None:
+                    configure(conn)
+                if not conn.autocommit:
+                    conn.commit()
+
+            return ThreadedConnectionPool(open=False, **settings | {"configure": configure_too}, **parameters)
+        except SettingError as error:
+            raise ImproperlyConfigured(f"DATABASES[{self.alias!r}]: {error}") from error
+
+
+def _database_of(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(parameters.get(name) for name in ("service", "host", "port", "dbname"))
+
+
+def _freeze(options: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    return frozenset(options.items())
+
+
+def _register(pool: ThreadedConnectionPool, alias: str) -> None:
+    """Register the pool, so that the status page shows it: under the alias, with a number where that is taken."""
+    name, number = pool.settings.name or alias, 1
+    while query_pool(name) is not None:
+        number += 1
+        name = f"{alias}-{number}"
+    register_pool(pool, name)
