@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
+from itertools import count
 from typing import Any
 
 import psycopg2
@@ -83,7 +85,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 pool.close(0)
 
     def ensure_timezone(self) -> bool:
-        """Give the connection the time zone that is wanted now. A new one comes from a pool that has it."""
+        """Give the connection the time zone that is wanted now; another one gets it when it comes from the pool."""
         return self.connection is not None and bool(self._configure_timezone(self.connection))
 
     def get_connection_params(self) -> dict[str, Any]:
@@ -103,6 +105,12 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 raise Unavailable(str(error)) from error
             raise
 
+    def init_connection_state(self) -> None:
+        """Give the connection the time zone, which its last user may have changed: known without asking the server."""
+        super().init_connection_state()
+        if self._source is not None and self._configure_timezone(self.connection) and not self.get_autocommit():
+            self.connection.commit()
+
     def _close(self) -> None:
         source, self._source = self._source, None
         if source is None:
@@ -118,13 +126,13 @@ class DatabaseWrapper(base.DatabaseWrapper):
         options = self.settings_dict["OPTIONS"]
         own = options.get("zpgpool", {})
         database, role = _database_of(parameters), options.get("assume_role")
-        key = (database, _freeze(parameters), _freeze(own), self.timezone_name, role)
+        key = (database, _freeze(parameters), _freeze(own), role)
         found = _pools.get(key)
         if found is None:
             made = self._make_pool(parameters, own)
             found = _pools.setdefault(key, made)  # another thread may have been here, too
             if found is made:
-                _register(made, self.alias)
+                register_pool(made, made.name)  # for the status page
         return found
 
     def _make_pool(self, parameters: dict[str, Any], own: Mapping[str, Any]) -> ThreadedConnectionPool:
@@ -134,21 +142,27 @@ class DatabaseWrapper(base.DatabaseWrapper):
             settings, libpq = read_options(own)
             if libpq:
                 raise SettingError(f"option {min(libpq)!r} belongs into OPTIONS itself, or is one of Django's own")
-            template, timezone_name, configure = self.copy(), self.timezone_name, settings["configure"]
+            settings["name"] = _free_name(settings["name"] or self.alias)
+            template, configure = self.copy(), settings["configure"]
 
-            def configure_too(conn: Any) -> None:
+            def set_up(conn: Any) -> None:
                 # Another one for each connection: several are opened at a time, each in a thread of its own.
                 wrapper = template.copy(NO_DB_ALIAS)
-                wrapper.timezone_name, wrapper.connection = timezone_name, conn
-                wrapper._configure_connection(conn)
+                wrapper.connection = conn
+                wrapper._configure_role(conn)
                 if configure is not None:
                     configure(conn)
                 if not conn.autocommit:
                     conn.commit()
 
-            return ThreadedConnectionPool(open=False, **settings | {"configure": configure_too}, **parameters)
+            return ThreadedConnectionPool(open=False, **settings | {"configure": set_up}, **parameters)
         except SettingError as error:
             raise ImproperlyConfigured(f"DATABASES[{self.alias!r}]: {error}") from error
+
+
+def _free_name(name: str) -> str:
+    """Return the name, with a number where another pool has it."""
+    return next(each for each in chain([name], (f"{name}-{n}" for n in count(2))) if query_pool(each) is None)
 
 
 def _database_of(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -157,12 +171,3 @@ def _database_of(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _freeze(options: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
     return frozenset(options.items())
-
-
-def _register(pool: ThreadedConnectionPool, alias: str) -> None:
-    """Register the pool, so that the status page shows it: under the alias, with a number where that is taken."""
-    name, number = pool.settings.name or alias, 1
-    while query_pool(name) is not None:
-        number += 1
-        name = f"{alias}-{number}"
-    register_pool(pool, name)
