@@ -92,6 +92,10 @@ def test_it_works_on_the_oldest_and_the_newest_python(
         ("recover", "transaction"),
         ("zcml", "zcml"),
         ("pyramid", "transaction"),
+        ("flask", "flask"),
+        ("sqlalchemy", "sqlalchemy"),
+        ("django.base", "django"),
+        ("django.middleware", "django"),
         ("zsql", "transaction"),
     ],
 )

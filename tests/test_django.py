@@ -78,10 +78,10 @@ def add_later(request: Any, n: int) -> StreamingHttpResponse:
     return StreamingHttpResponse(str(execute("SELECT %s", n + i)) + "\n" for i in range(3))
 
 
-@transaction.atomic
-def fail(request: Any) -> None:
-    execute("INSERT INTO numbers VALUES (1)")
-    raise LookupError
+def fail(request: Any) -> HttpResponse:
+    with transaction.atomic():
+        execute("INSERT INTO numbers VALUES (1)")
+        raise LookupError
 
 
 def handle(request: Any) -> HttpResponse:
@@ -414,7 +414,7 @@ class TestConnections:
     def test_of_the_orm(self, outside: Outside) -> None:
         from django.db import models
 
-        class Number(models.Model):
+        class Number(models.Model):  # type: ignore[misc]
             n = models.IntegerField(primary_key=True)
 
             class Meta:

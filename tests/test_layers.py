@@ -37,6 +37,9 @@ ORDER = {
             "paste",
             "zcml",
             "pyramid",
+            "flask",
+            "sqlalchemy",
+            "django",
             "zsql",
         ],
         *["recover", "check", "demo", "__main__"],
@@ -143,6 +146,10 @@ OUTSIDE = {
     "zcml": ["webob", "pyramid", "transaction", "zope.security", "zpgpool.wsgi"],
     "check": ["webob", "zope.component", "zpgpool.core", "rich"],
     "monitor.top": ["rich", "waitress", "prometheus_client"],
+    "flask": ["transaction", "pyramid", "ZODB", "zpgpool.datamanager", "zpgpool.paste", "zpgpool.demo"],
+    "sqlalchemy": ["webob", "transaction", "flask", "zpgpool.request", "zpgpool.wsgi", "zpgpool.monitor"],
+    "django": ["webob", "transaction", "sqlalchemy", "zpgpool.core", "zpgpool.wsgi"],
+    "django.middleware": ["webob", "transaction", "sqlalchemy", "zpgpool.core", "zpgpool.wsgi"],
     "pyramid": ["paste", "ZODB", "zope.configuration", "zpgpool.zcml", "zpgpool.demo"],
 }
 
