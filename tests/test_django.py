@@ -170,12 +170,8 @@ def databases(dsn: str) -> Iterator[Databases]:
             wrapper.close()
             delattr(connections._connections, wrapper.alias)
         for pool in base._pools.values():
-            pool.close(0)
+            zpgpool.unregister_pool(pool.name).close(0)
         base._pools.clear()
-        for _, pool in list(
-            zpgpool.registry.getGlobalSiteManager().getUtilitiesFor(zpgpool.interfaces.IConnectionPool)
-        ):
-            zpgpool.unregister_pool(pool.name)
         connections._settings = None
         connections.__dict__.pop("settings", None)
 
@@ -249,13 +245,14 @@ class TestSettings:
         assert list(getGlobalSiteManager().getUtilitiesFor(IConnectionPool)) == []
 
     def test_of_the_table_are_refused_by_name(self, databases: Databases) -> None:
-        for options, message in [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"own": {"maxcon": 3}}, "unknown option 'maxcon', did you mean 'maxconn'"),
             ({"own": {"maxconn": "x"}}, "option 'maxconn': expected a whole number"),
             ({"own": {"host": "x"}}, "option 'host' belongs into OPTIONS itself, or is one of Django's own"),
             ({"options": {"timeout": 3}}, r"option 'timeout' belongs into OPTIONS\['zpgpool'\]"),
             ({"options": {"hots": 3}}, "unknown option 'hots'"),
-        ]:
+        ]
+        for options, message in cases:
             databases(default={**options, "PASSWORD": SECRET})
             with pytest.raises(ImproperlyConfigured, match=rf"DATABASES\['default'\]: {message}") as info:
                 execute("SELECT 1")
@@ -343,6 +340,19 @@ class TestConnections:
         execute("SELECT 1")
         connection.close()
         assert statements == ["SELECT 1"]
+
+    def test_that_are_discarded_are_set_up_again(self, databases: Databases) -> None:
+        own = {"maxconn": 1, "reset": "discard"}
+        databases(default={"options": {"assume_role": "pg_monitor"}, "own": own, "TIME_ZONE": "Asia/Tokyo"})
+        pids = []
+        for _ in range(3):
+            assert execute("SELECT current_user::text") == "pg_monitor"
+            assert execute("SHOW timezone") == "Asia/Tokyo"
+            pids.append(execute("SELECT pg_backend_pid()"))
+            assert execute("SHOW search_path") != "pg_catalog"
+            execute("SET search_path = pg_catalog")
+            connection.close()
+        assert len(set(pids)) == 1
 
     def test_are_clean(self, outside: Outside) -> None:
         connection.set_autocommit(False)

@@ -96,6 +96,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         """Return a connection of the pool. Raises Unavailable when there is none."""
+        self._source = None  # Django may have forgotten a connection without closing it
         self._source = self.pool
         try:
             return super().get_new_connection(conn_params)
@@ -116,7 +117,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         if source is None:
             super()._close()
         elif self.connection is not None:
-            # Without self.connection first: nobody may use what somebody else has.
+            # Django's reference first: nobody may use what somebody else has.
             conn, self.connection = self.connection, None
             with suppress(PoolError):  # the pool was closed, or the process has forked
                 source.putconn(conn)
@@ -132,7 +133,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
             made = self._make_pool(parameters, own)
             found = _pools.setdefault(key, made)  # another thread may have been here, too
             if found is made:
-                register_pool(made, made.name)  # for the status page
+                with suppress(PoolError):  # another thread may have taken the name just now
+                    register_pool(made, made.name)
         return found
 
     def _make_pool(self, parameters: dict[str, Any], own: Mapping[str, Any]) -> ThreadedConnectionPool:
