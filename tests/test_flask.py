@@ -127,6 +127,19 @@ class TestSettings:
         assert pool_of(app, "reports").maxconn == 3
         assert pool_of(app, "reports").name == "reports"
 
+    def test_may_name_a_replica(self, make_app: MakeApp, dsn: str) -> None:
+        reader = {"dsn": dsn, "readonly": True}
+        app = make_app(config={"": {"dsn": dsn, "replica": "reader", "max_lag": None}, "reader": reader})
+
+        @app.route("/where", methods=["GET", "POST"])
+        def where() -> str:
+            return str(run(get_connection(), "SHOW transaction_read_only"))
+
+        client = app.test_client()
+        assert eventually(lambda: client.get("/where").text == "on")
+        assert client.post("/where").text == "off"
+        assert pool_of(app).holders() == pool_of(app, "reader").holders() == []
+
     def test_may_come_as_text(self, make_app: MakeApp, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """From the environment: Flask makes a mapping of names with two underscores."""
         monkeypatch.setenv("FLASK_ZPGPOOL__dsn", "ENV:APP_DSN")

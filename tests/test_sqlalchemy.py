@@ -605,7 +605,12 @@ assert pool.get_stats()["pool_size"] == 2
 
 
 def test_a_forked_child_has_connections_of_its_own(dsn: str) -> None:
-    result = subprocess.run([sys.executable, "-c", FORK, dsn], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, dsn],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.stderr == ""
     assert result.returncode == 0
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
+    from .types import Pool
+
 
 log = logging.getLogger("zpgpool")
 
@@ -77,18 +79,14 @@ def init_app(app: flask.Flask) -> None:
     commit = app.config.setdefault("ZPGPOOL_COMMIT", True)
     retry_after = app.config.setdefault("ZPGPOOL_RETRY_AFTER", 5)
     convert_with(flag, "ZPGPOOL_COMMIT", commit)
+    seconds: int = convert_with(count, "ZPGPOOL_RETRY_AFTER", retry_after)
     registry = Components(app.name)
-    keys: list[str] = []
+    pools = _collect(app.config.get("ZPGPOOL", {}))
+    keys = [lease_key(_lease_name(app, name)) for name in pools]
     outermost: Any = _Inner(app.wsgi_app, keys)
-    for name, options in _collect(app.config.get("ZPGPOOL", {})).items():
-        _make(name, options, registry)
-        keys.append(lease_key(_lease_name(app, name)))
-        outermost = PoolMiddleware(
-            outermost,
-            get_pool(name, registry),
-            _lease_name(app, name),
-            retry_after=convert_with(count, "ZPGPOOL_RETRY_AFTER", retry_after),
-        )
+    for name, options in pools.items():
+        pool = _make(name, options, registry)
+        outermost = PoolMiddleware(outermost, pool, _lease_name(app, name), retry_after=seconds, registry=registry)
     app.extensions["zpgpool"] = registry
     app.wsgi_app = outermost  # type: ignore[method-assign]
 
@@ -163,14 +161,14 @@ def _collect(config: object) -> dict[str, Mapping[str, Any]]:
     )
 
 
-def _make(name: str, options: Mapping[str, Any], registry: Components) -> None:
+def _make(name: str, options: Mapping[str, Any], registry: Components) -> Pool:
     try:
         if "name" in options:
             raise SettingError("option 'name': a pool's name is its key, as in {'reports': {'dsn': ...}}")
         settings, libpq = read_options(options, OWN_OPTIONS)
         if not libpq:
             raise SettingError(f"option 'dsn' is missing ({list_known(KNOWN)})")
-        make_pool((OWN_OPTIONS | dict(options))["pool"], settings | {"name": name}, libpq, registry)
+        return make_pool((OWN_OPTIONS | dict(options))["pool"], settings | {"name": name}, libpq, registry)
     except SettingError as error:
         where = f"['ZPGPOOL'][{name!r}]" if name else "['ZPGPOOL']"
         raise SettingError(f"app.config{where}: {error}") from None
