@@ -564,6 +564,19 @@ class TestTransactions:
             assert conn.scalar(show) == "read committed"
         all_is_well(pool, outside)
 
+    def test_options_of_a_connection_that_are_restored_after_its_transaction(
+        self, engine: Any, pool: Any, outside: Outside
+    ) -> None:
+        """What SQLAlchemy restores at the return, psycopg2 refuses within a transaction."""
+        with engine.connect().execution_options(postgresql_readonly=True, postgresql_deferrable=True) as conn:
+            pid = backend(conn)
+            conn.rollback()
+            conn.connection.cursor().execute("SELECT 1")  # not known to SQLAlchemy
+        with engine.connect() as conn:
+            assert backend(conn) == pid
+            assert conn.scalar(text("SHOW transaction_read_only")) == "off"
+        all_is_well(pool, outside)
+
     def test_streamed_results(self, engine: Any, pool: Any, outside: Outside) -> None:
         with engine.connect().execution_options(stream_results=True, yield_per=10) as conn:
             rows = iter(conn.execute(text("SELECT generate_series(1, 1000)")))

@@ -102,7 +102,7 @@ class _Pool(sqlalchemy.pool.Pool):
         creator: object,
         echo: Any = None,
         logging_name: str | None = None,
-        reset_on_return: Any = None,  # the pool rolls back
+        reset_on_return: Any = True,  # before what SQLAlchemy itself restores; the pool finds nothing to roll back then
         events: Any = None,
         dialect: Any = None,
         _dispatch: Any = None,
