@@ -154,7 +154,7 @@ def databases(dsn: str) -> Iterator[Databases]:
             "PORT": parts.get("port", ""),
             "OPTIONS": {
                 "application_name": parts["application_name"],
-                "zpgpool": {"maxconn": 3, "timeout": 0.1} if own is None else own,
+                "zpgpool": {"maxconn": 3, "timeout": 20} if own is None else own,
                 **(options or {}),
             },
             **more,
@@ -203,7 +203,7 @@ class TestSettings:
         assert outside.backends() == {pid}
         pool = the_pool()
         assert type(pool) is zpgpool.ThreadedConnectionPool
-        assert (pool.maxconn, pool.settings.timeout, pool.settings.idle_timeout) == (3, 0.1, 600)
+        assert (pool.maxconn, pool.settings.timeout, pool.settings.idle_timeout) == (3, 20, 600)
         [holder] = pool.holders()
         assert holder.backend_pid == pid
         connection.close()
@@ -447,9 +447,10 @@ class TestConnections:
 
 class TestWithoutAConnection:
     @pytest.fixture
-    def exhausted(self) -> Iterator[Any]:
+    def exhausted(self, databases: Databases) -> Iterator[Any]:
+        databases(default={"own": {"maxconn": 3, "timeout": 0.1}})
         pool = connection.pool
-        conns = [pool.getconn() for _ in range(3)]
+        conns = [pool.getconn(timeout=20) for _ in range(3)]
         yield pool
         for conn in conns:
             pool.putconn(conn)
@@ -464,6 +465,7 @@ class TestWithoutAConnection:
         with pytest.raises(OperationalError):
             execute("SELECT 1")
         exhausted.resize(0, 4)
+        exhausted.putconn(exhausted.getconn(timeout=20))
         assert execute("SELECT 42") == 42
 
     def test_whoever_waits_is_served(self, databases: Databases) -> None:

@@ -145,6 +145,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
             if libpq:
                 raise SettingError(f"option {min(libpq)!r} belongs into OPTIONS itself, or is one of Django's own")
             settings["name"] = _free_name(settings["name"] or self.alias)
+            if self.settings_dict["AUTOCOMMIT"] and "isolation_level" not in self.settings_dict["OPTIONS"]:
+                settings["autocommit"] = True  # as Django sets it for each use: a return has nothing to restore
             template, configure = self.copy(), settings["configure"]
 
             def set_up(conn: Any) -> None:
