@@ -395,14 +395,30 @@ class TestConnections:
         assert execute("SELECT 42") == 42
         assert stored(outside) == []
 
-    def test_of_a_pool_that_was_closed(self) -> None:
-        execute("SELECT 1")
+    def test_of_a_pool_that_was_given_up_are_closed_when_they_are_returned(
+        self, databases: Databases, outside: Outside
+    ) -> None:
+        databases(default={"own": {"minconn": 2, "maxconn": 3}}, other={})
+        pid = execute("SELECT pg_backend_pid()")
         pool = the_pool()
-        connection.close_pool()
-        assert pool.closed
+        eventually(lambda: len(outside.backends()) == 2)
+        connections["other"].close_pool()
+        eventually(lambda: outside.backends() == {pid})
+        assert execute("SELECT pg_backend_pid()") == pid
         connection.close()
+        eventually(lambda: outside.backends() == set())
         assert execute("SELECT 42") == 42
         assert the_pool() is not pool
+        connection.close_pool()
+
+    def test_of_a_pool_that_was_closed(self) -> None:
+        execute("SELECT 1")
+        the_pool().close(0)
+        connection.close()
+        with pytest.raises(Unavailable):
+            execute("SELECT 1")
+        connection.close_pool()
+        assert execute("SELECT 42") == 42
 
     def test_without_a_database_are_no_pools(self, outside: Outside) -> None:
         with connection._nodb_cursor() as cursor:

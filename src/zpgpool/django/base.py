@@ -75,14 +75,19 @@ class DatabaseWrapper(base.DatabaseWrapper):
         return self._source or self._find_pool()
 
     def close_pool(self) -> None:
-        """Close the pools of this database, as Django does before it copies or drops one that is for tests."""
+        """Give the pools of this database up: Django does so before it copies or drops one that is for tests.
+
+        What is idle is closed now, and what others use when they return it, as without a pool.
+        """
         database = _database_of(self.get_connection_params())
         for key, pool in list(_pools.items()):
             if key[0] == database:
                 del _pools[key]
                 if query_pool(pool.name) is pool:
                     unregister_pool(pool.name)
-                pool.close(0)
+                with suppress(PoolError):  # it was closed
+                    pool.resize(0, pool.maxconn)  # or it would open others
+                    pool.drain()
 
     def ensure_timezone(self) -> bool:
         """Give the connection the time zone that is wanted now; another one gets it when it comes from the pool."""
