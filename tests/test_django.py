@@ -398,10 +398,11 @@ class TestConnections:
     def test_of_a_pool_that_was_given_up_are_closed_when_they_are_returned(
         self, databases: Databases, outside: Outside
     ) -> None:
-        databases(default={"own": {"minconn": 2, "maxconn": 3}}, other={})
+        databases(default={}, other={})
         pid = execute("SELECT pg_backend_pid()")
+        execute("SELECT 1", using=connections["other"])
+        connections["other"].close()
         pool = the_pool()
-        eventually(lambda: len(outside.backends()) == 2)
         connections["other"].close_pool()
         eventually(lambda: outside.backends() == {pid})
         assert execute("SELECT pg_backend_pid()") == pid
@@ -409,7 +410,14 @@ class TestConnections:
         eventually(lambda: outside.backends() == set())
         assert execute("SELECT 42") == 42
         assert the_pool() is not pool
+
+    def test_that_are_kept_open_are_closed_where_nobody_uses_them(self, databases: Databases, outside: Outside) -> None:
+        databases(default={"own": {"minconn": 2, "maxconn": 3}})
+        execute("SELECT 1")
+        eventually(lambda: len(outside.backends()) > 1)
+        connection.close()
         connection.close_pool()
+        eventually(lambda: outside.backends() == set())
 
     def test_of_a_pool_that_was_closed(self) -> None:
         execute("SELECT 1")
@@ -424,7 +432,8 @@ class TestConnections:
         with connection._nodb_cursor() as cursor:
             cursor.execute("SELECT current_database()")
             assert cursor.fetchone() == ("postgres",)
-        assert outside.backends() == set()
+        assert list(getGlobalSiteManager().getUtilitiesFor(IConnectionPool)) == []
+        eventually(lambda: outside.backends() == set())
 
     def test_stream(self) -> None:
         for in_transaction in (False, True):
@@ -690,7 +699,7 @@ def test_a_project_is_migrated_and_tested(dsn: str, outside: Outside, tmp_path: 
         assert ("Cloning test database" in told) is (parallel == "2")
     finally:
         outside.query("DROP TABLE IF EXISTS shop_item, django_migrations")
-    assert outside.query("SELECT datname FROM pg_database WHERE datname ~ 'test_zpgpool_'") == []
+    assert outside.query("SELECT datname FROM pg_database WHERE datname ~ %s", f"^test_zpgpool_{os.getpid()}") == []
 
 
 @pytest.mark.slow

@@ -86,8 +86,11 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 if query_pool(pool.name) is pool:
                     unregister_pool(pool.name)
                 with suppress(PoolError):  # it was closed
-                    pool.resize(0, pool.maxconn)  # or it would open others
-                    pool.drain()
+                    if pool.holders():
+                        pool.resize(0, pool.maxconn)  # or it would open others
+                        pool.drain()
+                    else:
+                        pool.close(0)
 
     def ensure_timezone(self) -> bool:
         """Give the connection the time zone that is wanted now; another one gets it when it comes from the pool."""
@@ -116,6 +119,11 @@ class DatabaseWrapper(base.DatabaseWrapper):
         super().init_connection_state()
         if self._source is not None and self._configure_timezone(self.connection) and not self.get_autocommit():
             self.connection.commit()
+
+    def _set_autocommit(self, autocommit: bool) -> None:
+        # It is as Django wants it when it comes from the pool. To set it again would have the pool compare the session.
+        if self.connection.closed or self.connection.autocommit != autocommit:
+            super()._set_autocommit(autocommit)
 
     def _close(self) -> None:
         source, self._source = self._source, None
@@ -151,7 +159,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 raise SettingError(f"option {min(libpq)!r} belongs into OPTIONS itself, or is one of Django's own")
             settings["name"] = _free_name(settings["name"] or self.alias)
             if self.settings_dict["AUTOCOMMIT"] and "isolation_level" not in self.settings_dict["OPTIONS"]:
-                settings["autocommit"] = True  # as Django sets it for each use: a return has nothing to restore
+                settings["autocommit"] = True  # as Django wants it
             template, configure = self.copy(), settings["configure"]
 
             def set_up(conn: Any) -> None:
