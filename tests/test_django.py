@@ -18,6 +18,7 @@ from typing import Any
 import django
 import psycopg2
 import pytest
+from benchmarks.harness import free_port
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.wsgi import WSGIHandler
@@ -38,7 +39,6 @@ from zope.component import getGlobalSiteManager
 import zpgpool
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import in_thread
 from conftest import Outside
 from serving import waitress

@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from benchmarks.harness import free_port
 from flask import abort
 from flask import Flask
 from flask import request
@@ -26,7 +27,6 @@ from zope.interface.registry import Components
 import zpgpool
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
 from conftest import KINDS
 from conftest import Outside
 from conftest import run
@@ -661,3 +661,22 @@ def test_the_reloader_and_the_shell(dsn: str, outside: Outside, tmp_path: Path) 
     )
     shell = subprocess.run([*flask, "shell"], cwd=tmp_path, env=environ, input=code, capture_output=True, text=True)
     assert "(42,)" in shell.stdout, shell.stderr
+
+
+def test_a_request_that_has_lost_its_connection_begins_again(make_app: MakeApp) -> None:
+    """Flask makes a page of the error; the middleware sees that, and serves the request once more."""
+    app = make_app()
+    calls: list[int] = []
+
+    @app.route("/lose", methods=["GET", "POST"])
+    def lose() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            run(get_connection(), "SELECT pg_terminate_backend(pg_backend_pid())")
+        return str(run(get_connection(), "SELECT 42"))
+
+    with app.test_client() as client:
+        assert client.get("/lose").text == "42"
+        assert len(calls) == 2
+        calls.clear()
+        assert client.post("/lose").status_code == 500

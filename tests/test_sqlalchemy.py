@@ -36,9 +36,10 @@ from zope.interface.interfaces import ComponentLookupError
 from zope.interface.registry import Components
 
 import zpgpool
+from benchmarks.harness import free_port
 from conftest import Call
 from conftest import eventually
-from conftest import free_port
+
 from conftest import in_thread
 from conftest import Outside
 from zpgpool.sqlalchemy import pool_class

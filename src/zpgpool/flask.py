@@ -13,12 +13,13 @@ import psycopg2.errors
 from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 from zope.interface.registry import Components
 
+from .core import commit
 from .errors import PoolTimeout
 from .errors import TooManyRequests
 from .registry import get_pool
 from .registry import make_pool
 from .request import Lease
-from .request import lease_key
+from .request import lease_keys
 from .settings import convert_with
 from .settings import count
 from .settings import flag
@@ -76,13 +77,13 @@ def init_app(app: flask.Flask) -> None:
     """
     if "zpgpool" in app.extensions:
         raise SettingError(f"zpgpool.flask: init_app() was called for the application {app.name!r} before")
-    commit = app.config.setdefault("ZPGPOOL_COMMIT", True)
+    commits = app.config.setdefault("ZPGPOOL_COMMIT", True)
     retry_after = app.config.setdefault("ZPGPOOL_RETRY_AFTER", 5)
-    convert_with(flag, "ZPGPOOL_COMMIT", commit)
+    convert_with(flag, "ZPGPOOL_COMMIT", commits)
     seconds: int = convert_with(count, "ZPGPOOL_RETRY_AFTER", retry_after)
     registry = Components(app.name)
     pools = _collect(app.config.get("ZPGPOOL", {}))
-    keys = [lease_key(_lease_name(app, name)) for name in pools]
+    keys = [lease_keys[_lease_name(app, name)] for name in pools]
     outermost: Any = _Inner(app.wsgi_app, keys)
     for name, options in pools.items():
         pool = _make(name, options, registry)
@@ -97,7 +98,7 @@ def init_app(app: flask.Flask) -> None:
         if response.status_code < 400 and convert_with(flag, "ZPGPOOL_COMMIT", app.config["ZPGPOOL_COMMIT"]):
             for lease in _leases(environ, keys):
                 for conn in lease.connections():
-                    _commit(conn)
+                    _commit(lease.source(), conn)
         return response
 
     @app.teardown_appcontext
@@ -122,7 +123,7 @@ def get_connection(name: str = "") -> Connection:
     app = current_app._get_current_object()  # type: ignore[attr-defined]
     try:
         if has_request_context():
-            lease = request.environ.get(lease_key(_lease_name(app, name)))
+            lease = request.environ.get(lease_keys[_lease_name(app, name)])
             if isinstance(lease, Lease):
                 return lease.connection()
         return _get_contexts_connection(app, name)
@@ -174,12 +175,12 @@ def _make(name: str, options: Mapping[str, Any], registry: Components) -> Pool:
         raise SettingError(f"app.config{where}: {error}") from None
 
 
-def _commit(conn: Connection) -> None:
+def _commit(pool: Pool, conn: Connection) -> None:
     if conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:  # the server would roll back, and say nothing
         raise psycopg2.errors.InFailedSqlTransaction(
             "a statement of this request has failed, and was not rolled back to a savepoint: nothing can be committed"
         )
-    conn.commit()
+    commit(pool, conn)
 
 
 def _leases(environ: WSGIEnvironment, keys: Iterable[str]) -> list[Lease]:
