@@ -40,6 +40,7 @@ import zpgpool
 from conftest import Call
 from conftest import eventually
 from conftest import in_thread
+from conftest import NO_PSYCOPG_3
 from conftest import Outside
 from serving import waitress
 from zpgpool.interfaces import IConnectionPool
@@ -564,6 +565,8 @@ class TestRequests:
 
 
 FORK = """
+import sys
+sys.modules['psycopg'] = None  # see conftest
 import os, sys
 from django.conf import settings
 from psycopg2.extensions import parse_dsn
@@ -683,6 +686,7 @@ def test_a_project_is_migrated_and_tested(dsn: str, outside: Outside, tmp_path: 
     for name, text in PROJECT.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "psycopg.py").write_text(NO_PSYCOPG_3)
     environ = {**os.environ, "APP_DSN": dsn, "DJANGO_SETTINGS_MODULE": "site_settings", "PYTHONPATH": str(tmp_path)}
 
     def manage(*args: str) -> str:

@@ -43,6 +43,7 @@ from conftest import Call
 from conftest import eventually
 from conftest import made_once
 from conftest import missing
+from conftest import NO_PSYCOPG_3
 from conftest import Outside
 from conftest import ROOT
 from zpgpool import interfaces
@@ -290,6 +291,7 @@ def desk(tmp_path: Path, own_server: EmbeddedServer, monkeypatch: pytest.MonkeyP
         cursor.execute(TABLES)
         conn.commit()
     (tmp_path / "yourapp.py").write_text(YOUR_APP)
+    (tmp_path / "psycopg.py").write_text(NO_PSYCOPG_3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -66,7 +66,7 @@ ORDER = {
         ],
         *["timer", "watchdog", "users", "management", "base", "pools", "lag"],
     ],
-    "request": ["response", "lease", "body", "disconnects", "replica"],
+    "request": ["response", "shared", "lease", "replica", "failures", "body", "disconnects"],
     "monitor": ["history", "snapshot", "page", "top"],
 }
 

@@ -180,7 +180,7 @@ class TestWords:
     def test_autocommit_has_a_third_word(self) -> None:
         assert convert("autocommit", " Safe ") == "safe"
         assert convert("autocommit", "on") is True
-        assert refuse("autocommit", 2) == "option 'autocommit': expected true or false, or safe, or none, got 2"
+        assert refuse("autocommit", 2) == "option 'autocommit': expected true, false or safe, or none, got 2"
 
     @pytest.mark.parametrize("value", ["serializable", "SERIALIZABLE", " Serializable "])
     def test_an_isolation_level_in_any_case(self, value: str) -> None:

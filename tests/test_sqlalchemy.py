@@ -17,6 +17,7 @@ from typing import Any
 import psycopg2
 import pytest
 import sqlalchemy
+from benchmarks.harness import free_port
 from psycopg2.extensions import STATUS_READY
 from sqlalchemy import event
 from sqlalchemy import select
@@ -36,10 +37,8 @@ from zope.interface.interfaces import ComponentLookupError
 from zope.interface.registry import Components
 
 import zpgpool
-from benchmarks.harness import free_port
 from conftest import Call
 from conftest import eventually
-
 from conftest import in_thread
 from conftest import Outside
 from zpgpool.sqlalchemy import pool_class

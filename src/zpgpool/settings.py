@@ -124,8 +124,8 @@ def when_to_commit(value: object) -> bool | str:
         return "safe"
     try:
         return flag(value)
-    except ValueError as error:
-        raise ValueError(f"{error}, or safe") from None
+    except ValueError:
+        raise ValueError("true, false or safe") from None
 
 
 def reset_hook(value: object) -> object:

@@ -10,15 +10,11 @@ import logging
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Sized
-from itertools import islice
 from os import getpid
 from time import monotonic
 from typing import Any
 from typing import TYPE_CHECKING
 
-import psycopg2
-from psycopg2 import errorcodes
 from webob import Response
 from zope.interface.registry import Components
 
@@ -29,8 +25,6 @@ from .core import watch
 from .errors import database_error
 from .errors import one_line
 from .errors import PoolError
-from .errors import PoolTimeout
-from .errors import TooManyRequests
 from .interfaces import IKeyedConnectionPool
 from .interfaces import IPersistentConnectionPool
 from .interfaces import IPoolInternals
@@ -38,19 +32,22 @@ from .interfaces import IPoolManagement
 from .registry import get_pool
 from .registry import query_pool
 from .request import asks_for_primary
-from .request import Body
+from .request import begin_body
+from .request import close_body
 from .request import Disconnects
 from .request import HeldResponse
 from .request import is_complete
+from .request import is_demotion
 from .request import is_repeatable
 from .request import is_safe
+from .request import is_unavailable
 from .request import KeyedLease
 from .request import Lease
 from .request import lease_keys
 from .request import local
 from .request import OwnLease
 from .request import ReplicaLease
-from .request import SizedBody
+from .request import reveal
 from .request import ThreadLease
 from .request import with_write_cookie
 
@@ -246,9 +243,9 @@ class PoolMiddleware:
                 environ["zpgpool.connection"] = lease.connection()
             body = self.app(environ, response)
             if type(body) is not list and not is_complete(body, environ):
-                body, goes_on = _begin_body(body, lease, response, original), True
+                body, goes_on = begin_body(body, lease, response, original), True
             elif (response.status or "").startswith("5"):
-                _reveal(body, response, lease, original)
+                reveal(body, response, lease, original)
         except Exception as error:
             begins_again = self._may_begin_again(error, original, response, lease)
             if not begins_again:
@@ -270,7 +267,7 @@ class PoolMiddleware:
         try:
             response.send()
         except BaseException:  # the server's: it will not close what it never gets
-            _close(body)
+            close_body(body)
             raise
         return body
 
@@ -300,11 +297,11 @@ class PoolMiddleware:
             lease.fail_over(cause)
             raise error
         pool: Any = lease.pool
-        if _is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
+        if is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, cause)
             if IPoolManagement.providedBy(pool):
                 pool.drain()
-        if not _is_unavailable(cause, lease):
+        if not is_unavailable(cause, lease):
             raise error
         log.error("%s: 503 Service Unavailable: %s", lease, cause, exc_info=error)
         return self._answer_unavailable(environ, response)
@@ -393,57 +390,6 @@ def _lease_class(pool: Pool) -> Any:
     return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
-def _begin_body(
-    body: Iterable[bytes], lease: Lease, response: HeldResponse, original: WSGIEnvironment | None
-) -> Iterable[bytes]:
-    """Take the first chunk, with which the response starts; until then another one can take its place."""
-    try:
-        lease.begin_body()
-        iterator = iter(body)
-        first = list(islice(iterator, 1))
-        if (response.status or "").startswith("5"):
-            _reveal((), response, lease, original)  # the body is closed below
-        response.send()
-        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
-    except BaseException:
-        _close(body)
-        raise
-
-
-def _reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
-    """Raise the error of which the application has made a page of its own, where another answer takes its place."""
-    failure = lease.failure if (response.status or "").startswith("500") else None
-    if failure is None or lease.connections() or not _is_unavailable(failure, lease):
-        is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
-        failure = psycopg2.OperationalError(response.status) if is_lost else None
-    if failure is not None:
-        _close(body)
-        raise failure
-
-
-def _close(body: object) -> None:
-    close = getattr(body, "close", None)
-    if close is not None:
-        close()
-
-
 def _check_threads(pool: Any, environ: WSGIEnvironment) -> None:
     if isinstance(pool, SimpleConnectionPool) and environ.get("wsgi.multithread"):
         raise PoolError(f"{pool!r} is for one thread, this server runs several: use 'persistent' or 'threaded'")
-
-
-def _is_demotion(error: psycopg2.Error) -> bool:
-    """Whether the server, not the session's own `readonly`, refused a write (25006): it is no longer a primary."""
-    is_ours = error.cursor is not None and error.cursor.connection.readonly
-    return error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION and not is_ours
-
-
-def _is_unavailable(error: psycopg2.Error, lease: Lease) -> bool:
-    """Whether the request failed because no connection was to be had."""
-    if isinstance(error, PoolTimeout | TooManyRequests):
-        return True
-    # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query: nobody should be
-    # asked to repeat that one.
-    is_connect = isinstance(error, psycopg2.OperationalError) and error.pgcode is None
-    is_down = getattr(lease.pool, "last_connect_error", None) is not None
-    return is_connect and is_down and not lease.has_lost_connection

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from os import getpid
 from time import monotonic
@@ -139,7 +140,7 @@ class AbstractConnectionPool(ManagedPool):
             weakly(self._tidy),
             self._make_lock(),
             self._in_background,
-            weakly(self._ask_why),
+            partial(ask_why, weakly(self.open_connection)),
         )
         #: What the hit path and a clean return look at, without a detour.
         self._parked = self._connections.handoff.parked
@@ -170,9 +171,6 @@ class AbstractConnectionPool(ManagedPool):
             self._has_unwatched = self._is_long = True
         self._call_timer()
         return conn
-
-    def _ask_why(self, until: float) -> str:
-        return ask_why(lambda **keywords: self._open_connection(keywords), until)
 
     def _call_timer(self) -> None:
         if self._timer is not None:
@@ -251,8 +249,7 @@ class AbstractConnectionPool(ManagedPool):
         attempts -- how often it is run at most: again after a serialization failure, a deadlock, and a connection that
             could not be opened, or was lost before the commit; after pauses that grow from 0.1 to 1 s.
 
-        Whatever else `function` does is done again, too: so it should do nothing else, nor commit or roll back.
-
+        Whatever else `function` does is done again, too. It must neither commit nor roll back.
         Raises CommitInDoubt when the answer to the commit was lost, and it is not known whether it was done (see the
         setting `verify_commit`); PoolError when the connection is in a transaction already; what `getconn` and the last
         run of `function` raise.

@@ -114,8 +114,8 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `method` as long as its object lives, which it does not keep alive."""
     weak_method = weakref.WeakMethod(method)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **keywords: Any) -> Any:
         found = weak_method()
-        return None if found is None else found(*args)
+        return None if found is None else found(*args, **keywords)
 
     return call

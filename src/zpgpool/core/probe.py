@@ -46,11 +46,14 @@ def query(
 def ask_why(open_connection: Callable[..., Any], until: float) -> str:
     """Connect once more, and return the error of that, with its SQLSTATE; nothing when it succeeds, or takes too long.
 
-    open_connection -- opens a connection, with libpq's keywords on top of the pool's.
+    open_connection -- opens a connection, with libpq's keywords on top of the pool's; None: its pool has gone.
     until -- monotonic seconds.
     """
     try:
-        with closing(open_connection(async_=True)) as conn:
+        conn = open_connection(async_=True)
+        if conn is None:
+            return ""
+        with closing(conn):
             tell_sqlstates(conn)
             _wait(conn, until)
     except psycopg2.Error as error:

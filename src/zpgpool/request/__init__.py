@@ -1,52 +1,52 @@
 """What a request does with a pool: what doors may import of it. It imports from `core` and the leaves only."""
 
-from .body import Body
+from .body import begin_body
 from .body import is_complete
-from .body import SizedBody
 from .disconnects import Disconnects
+from .failures import close_body
+from .failures import is_demotion
+from .failures import is_unavailable
+from .failures import reveal
 from .lease import current_lease
 from .lease import KeyedLease
 from .lease import Lease
 from .lease import lease_keys
 from .lease import local
 from .lease import OwnLease
-from .lease import SharedCheckout
 from .lease import ThreadLease
 from .replica import asks_for_primary
-from .replica import classify
 from .replica import fail_over
-from .replica import Fault
-from .replica import has_body
 from .replica import is_repeatable
 from .replica import is_safe
 from .replica import may_succeed_on_primary
 from .replica import ReplicaLease
 from .replica import with_write_cookie
 from .response import HeldResponse
+from .shared import SharedCheckout
 
 
 __all__ = [
-    "Body",
     "Disconnects",
-    "Fault",
     "HeldResponse",
     "KeyedLease",
     "Lease",
     "OwnLease",
     "ReplicaLease",
     "SharedCheckout",
-    "SizedBody",
     "ThreadLease",
     "asks_for_primary",
-    "classify",
+    "begin_body",
+    "close_body",
     "current_lease",
     "fail_over",
-    "has_body",
     "is_complete",
+    "is_demotion",
     "is_repeatable",
     "is_safe",
+    "is_unavailable",
     "lease_keys",
     "local",
     "may_succeed_on_primary",
+    "reveal",
     "with_write_cookie",
 ]

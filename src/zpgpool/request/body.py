@@ -7,9 +7,13 @@ import sys
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sized
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from .failures import close_body
+from .failures import reveal
 from .lease import Lease
+from .response import HeldResponse
 
 
 if TYPE_CHECKING:
@@ -87,3 +91,20 @@ class SizedBody(Body):
 
     def __len__(self) -> int:
         return len(self._body)
+
+
+def begin_body(
+    body: Iterable[bytes], lease: Lease, response: HeldResponse, original: WSGIEnvironment | None
+) -> Iterable[bytes]:
+    """Take the first chunk, with which the response starts; until then another one can take its place."""
+    try:
+        lease.begin_body()
+        iterator = iter(body)
+        first = list(islice(iterator, 1))
+        if (response.status or "").startswith("5"):
+            reveal((), response, lease, original)  # the body is closed below
+        response.send()
+        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
+    except BaseException:
+        close_body(body)
+        raise

@@ -22,8 +22,8 @@ from ..errors import one_line
 from ..errors import PoolError
 from .lease import Lease
 from .lease import local
-from .lease import SharedCheckout
-from .lease import Transaction
+from .shared import SharedCheckout
+from .shared import Transaction
 
 
 if TYPE_CHECKING:

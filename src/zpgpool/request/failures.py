@@ -1,0 +1,52 @@
+"""What a request's failure says: that there is no database, that its connection was lost, or something else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg2
+from psycopg2 import errorcodes
+
+from ..errors import PoolTimeout
+from ..errors import TooManyRequests
+from .lease import Lease
+from .replica import is_repeatable
+from .response import HeldResponse
+
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+
+def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
+    """Raise the error of which the application has made a page of its own, where another answer takes its place."""
+    failure = lease.failure if (response.status or "").startswith("500") else None
+    if failure is None or lease.connections() or not is_unavailable(failure, lease):
+        is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
+        failure = psycopg2.OperationalError(response.status) if is_lost else None
+    if failure is not None:
+        close_body(body)
+        raise failure
+
+
+def close_body(body: object) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
+
+
+def is_demotion(error: psycopg2.Error) -> bool:
+    """Whether the server, not the session's own `readonly`, refused a write (25006): it is no longer a primary."""
+    is_ours = error.cursor is not None and error.cursor.connection.readonly
+    return error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION and not is_ours
+
+
+def is_unavailable(error: psycopg2.Error, lease: Lease) -> bool:
+    """Whether the request failed because no connection was to be had."""
+    if isinstance(error, PoolTimeout | TooManyRequests):
+        return True
+    # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query: nobody should be
+    # asked to repeat that one.
+    is_connect = isinstance(error, psycopg2.OperationalError) and error.pgcode is None
+    is_down = getattr(lease.pool, "last_connect_error", None) is not None
+    return is_connect and is_down and not lease.has_lost_connection
