@@ -28,6 +28,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._is_closed = False
+        self._is_listening = True
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -38,9 +39,10 @@ class Proxy:
 
     def _run(self) -> None:
         while not self._is_closed:
-            sockets = [self._listener, *(sock for pair in list(self._pairs) for sock in pair)]
+            listeners = [self._listener] if self._is_listening else []
+            sockets = [*listeners, *(sock for pair in list(self._pairs) for sock in pair)]
             try:
-                readable, _, _ = select.select(sockets if self.is_forwarding else [self._listener], [], [], 0.02)
+                readable, _, _ = select.select(sockets if self.is_forwarding else listeners, [], [], 0.02)
             except (OSError, ValueError):
                 continue
             for sock in readable:
@@ -52,11 +54,7 @@ class Proxy:
     def _accept(self) -> None:
         client, _ = self._listener.accept()
         self.accepted += 1
-        try:
-            pair = client, socket.create_connection(("127.0.0.1", self._target))
-        except ConnectionRefusedError:
-            client.close()
-            return
+        pair = client, socket.create_connection(("127.0.0.1", self._target))
         self._pairs.append(pair)
         self._ever.extend(pair)
 
@@ -96,6 +94,11 @@ class Proxy:
     def fin(self) -> None:
         """End every connection, politely."""
         self._stop_and(lambda client: None)
+
+    def refuse(self) -> None:
+        """Refuse who connects from now on: libpq tries its next host then, and only then."""
+        self._is_listening = False
+        self._listener.close()
 
     def rst(self) -> None:
         """End every connection with a reset."""

@@ -653,12 +653,13 @@ def test_a_commit_before_a_promotion_is_in_doubt(tmp_path: Path) -> None:
         assert pair.primary.port is not None
         proxy = Proxy(pair.primary.port)
         both = pair.dsn.replace(f"{pair.primary.port}", f"{proxy.port}")
-        with zpgpool.ThreadedConnectionPool(0, 4, both, verify_commit=True, timeout=120) as pool:
+        with zpgpool.ThreadedConnectionPool(0, 4, both, verify_commit=True, timeout=60) as pool:
 
             def promote(data: bytes) -> None:
                 if b"COMMIT" in data and b"SELECT" not in data:
                     proxy.tap = lambda data: None
                     pair.fail_over()
+                    proxy.refuse()
                     proxy.fin()
 
             proxy.tap = promote
