@@ -62,7 +62,7 @@ ORDER = {
             "opener",
             "idle",
             "connections",
-            "commit",
+            "transactions",
         ],
         *["timer", "watchdog", "users", "management", "base", "pools", "lag"],
     ],

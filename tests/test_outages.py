@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -39,6 +40,9 @@ from test_zope import Instance
 from test_zope import SCRIPT
 from zpgpool.core.outage import diagnose
 from zpgpool.core.outage import Diagnosis
+from zpgpool.core.outage import is_passing
+from zpgpool.core.probe import ask_why
+from zpgpool.core.probe import NoAnswer
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.events import OutageBegan
 from zpgpool.events import OutageEnded
@@ -296,7 +300,6 @@ class Listener:
     """Counts the connects to a server that is down."""
 
     def __init__(self, server: EmbeddedServer) -> None:
-        import socket
 
         self.connects: list[float] = []
         self._path = server.sockets / f".s.PGSQL.{server.port}"
@@ -317,8 +320,6 @@ class Listener:
             client.close()
 
     def close(self) -> None:
-        import socket
-
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._thread.join()
@@ -755,3 +756,177 @@ class TestRunTransaction:
         pool = make_pool(zpgpool.PersistentConnectionPool, verify_commit=True, idle_timeout=60)
         assert pool.run_transaction(lambda conn: "nothing at all") == "nothing at all"
         assert pool.run_transaction(lambda conn: run(conn, "SELECT 1")) == 1
+
+
+class LosesItsCommit(psycopg2.extensions.connection):
+    """Loses the answer to each COMMIT, which is not done: the session ends first."""
+
+    def commit(self) -> None:
+        lose(self)
+
+
+class TestWhatBecameOfACommit:
+    """What is done with each answer: the server's are real in the tests above."""
+
+    @pytest.fixture
+    def pool(self, make_pool: Any) -> Any:
+        return make_pool(
+            zpgpool.ThreadedConnectionPool,
+            connection_factory=LosesItsCommit,
+            verify_commit=True,
+            timeout=5,
+            configure=lambda conn: None,
+        )
+
+    def believe(self, pool: Any, monkeypatch: pytest.MonkeyPatch, *answers: Any, sql: str = "") -> str:
+        """Return what the caller is told, when the server answers so, one after the other."""
+        left = list(answers)
+
+        def query(*args: Any) -> Any:
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            if isinstance(answer, Exception):
+                raise answer
+            return [(answer,)], 1
+
+        monkeypatch.setattr("zpgpool.core.transactions.query", query)
+        monkeypatch.setattr("zpgpool.core.transactions.sleep", lambda seconds: None)
+        try:
+            pool.run_transaction(lambda conn: run(conn, sql or "CREATE TEMP TABLE x (y int)"), attempts=1)
+        except psycopg2.Error as error:
+            return f"{type(error).__name__}: {error}"
+        return "committed"
+
+    @pytest.mark.parametrize(
+        ("answers", "expected"),
+        [
+            (["committed"], "committed"),
+            (["in progress", "in recovery", NoAnswer("silent"), "committed"], "committed"),
+            (["in progress", "aborted"], "OperationalError: "),
+            (["elsewhere"], "CommitInDoubt: "),
+            ([None], "CommitInDoubt: "),
+        ],
+    )
+    def test_is_believed(self, pool: Any, monkeypatch: pytest.MonkeyPatch, answers: list[Any], expected: str) -> None:
+        told = self.believe(pool, monkeypatch, *answers)
+        assert told.startswith(expected)
+        if answers == [None]:
+            assert told.endswith("it has forgotten that number")
+
+    def test_is_not_known_when_time_is_up(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        times = iter([0.0, 0.0, 1.0, 1.0, 100.0])
+        monkeypatch.setattr("zpgpool.core.transactions.monotonic", lambda: next(times, 100.0))
+        told = self.believe(pool, monkeypatch, NoAnswer("the server is silent"))
+        assert told.startswith("CommitInDoubt: ")
+        assert told.endswith("the server is silent")
+
+    def test_is_not_asked_when_nothing_was_written(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.believe(pool, monkeypatch, AssertionError("asked"), sql="SELECT 1").startswith("OperationalError: ")
+
+    def test_without_verify_commit_it_is_in_doubt(self, make_pool: Any) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, connection_factory=LosesItsCommit)
+        with pytest.raises(zpgpool.CommitInDoubt, match="it is not known whether it was done") as caught:
+            pool.run_transaction(lambda conn: run(conn, "SELECT 1"))
+        assert caught.value.xid == ""
+
+    def test_what_the_server_refuses_is_known(self, make_pool: Any) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, verify_commit=True)
+
+        def write(conn: Any) -> None:
+            run(conn, "CREATE TEMP TABLE once (y int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+            run(conn, "INSERT INTO once VALUES (1), (1)")
+
+        with pytest.raises(psycopg2.errors.UniqueViolation):
+            pool.run_transaction(write)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (psycopg2.OperationalError("server closed the connection unexpectedly"), True),
+        (psycopg2.DatabaseError("error with status PGRES_TUPLES_OK and no message from the libpq"), True),
+        (psycopg2.InterfaceError("connection already closed"), True),
+        (psycopg2.IntegrityError("a subclass of DatabaseError"), False),
+        (psycopg2.errors.LockNotAvailable(), False),
+        (psycopg2.ProgrammingError("no results to fetch"), False),
+        (zpgpool.PoolTimeout("no connection came free"), False),
+    ],
+)
+def test_errors_that_pass(error: psycopg2.Error, expected: bool) -> None:
+    assert is_passing(error) is expected
+
+
+def test_a_cursor_that_was_closed_is_no_loss(make_pool: Any) -> None:
+    with make_pool(zpgpool.ThreadedConnectionPool) as pool, pool.connection() as conn:
+        cursor = conn.cursor()
+        cursor.close()
+        with pytest.raises(psycopg2.InterfaceError) as caught:
+            cursor.execute("SELECT 1")
+        assert not is_passing(caught.value) or caught.value.cursor is None
+
+
+class TestDiagnoses:
+    """What the opener asks, and remembers."""
+
+    @pytest.fixture
+    def opener(self, make_pool: Any) -> Any:
+        return make_pool(zpgpool.ThreadedConnectionPool, open=False)._connections.opener
+
+    def test_a_text_is_asked_for_once(self, opener: Any) -> None:
+        asked: list[float] = []
+
+        def ask_why(until: float) -> str:
+            asked.append(until)
+            return "FATAL:  28P01: password authentication failed"
+
+        opener._ask_why = ask_why
+        for _ in range(3):
+            assert opener._diagnose("FATAL:  Passwort-Authentifizierung fehlgeschlagen") is Diagnosis.REFUSAL
+        assert len(asked) == 1
+        for number in range(100):
+            opener._diagnose(f"FATAL:  {number}")
+        assert len(opener._diagnoses) < 100
+
+    def test_what_has_changed_meanwhile_is_not_remembered(self, opener: Any) -> None:
+        opener._ask_why = lambda until: ""
+        assert opener._diagnose("FATAL:  sorry, too many clients already") is Diagnosis.OUTAGE
+        assert opener._diagnoses == {}
+
+    @pytest.mark.parametrize(("code", "expected"), [("57P01", Diagnosis.OUTAGE), ("42501", Diagnosis.REFUSAL)])
+    def test_of_a_session_that_could_not_be_set_up(self, make_pool: Any, code: str, expected: Diagnosis) -> None:
+        def configure(conn: Any) -> None:
+            error = "insufficient_privilege" if code == "42501" else "admin_shutdown"
+            run(conn, f"DO $$ BEGIN RAISE {error}; END $$")
+
+        pool = make_pool(zpgpool.ThreadedConnectionPool, configure=configure, open=False)
+        with pytest.raises(psycopg2.Error):
+            pool.getconn()
+        assert (pool.outage_seconds is not None) is (expected is Diagnosis.OUTAGE)
+
+    def test_a_pool_that_has_gone_asks_nobody(self) -> None:
+        assert ask_why(lambda **keywords: None, 0.0) == ""
+
+    def test_a_server_that_is_silent_is_not_waited_for(self) -> None:
+        with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+            port = silent.getsockname()[1]
+            dsn = f"host=127.0.0.1 port={port} dbname=x user=x"
+            assert ask_why(lambda **keywords: psycopg2.connect(dsn, **keywords), time.monotonic() + 0.05) == ""
+
+
+def test_those_behind_max_waiting_are_told_when_an_outage_begins(server: EmbeddedServer) -> None:
+    with zpgpool.ThreadedConnectionPool(
+        0, 8, server.dsn, timeout=30, outage_wait=20, max_waiting=2, idle_timeout=60
+    ) as pool:
+        use(pool)
+        server.halt()
+        calls = [Call(use, pool) for _ in range(6)]
+        eventually(lambda: sum(not call.is_running for call in calls) == 4)
+        with pytest.raises(zpgpool.TooManyRequests):
+            use(pool)
+        server.launch()
+        results = []
+        for call in calls:
+            try:
+                results.append(call.result())
+            except zpgpool.TooManyRequests:
+                results.append(None)
+        assert sorted(results, key=str) == [1, 1, None, None, None, None]

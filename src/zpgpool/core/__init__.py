@@ -4,8 +4,6 @@ It imports only the interfaces, settings, errors, events and connection strings.
 """
 
 from .base import AbstractConnectionPool
-from .commit import commit
-from .commit import may_succeed
 from .entry import BROKEN
 from .lag import Lag
 from .lag import lag_of
@@ -23,6 +21,8 @@ from .probe import query
 from .session import PLAIN
 from .timer import MaintenanceTimer
 from .timer import timer
+from .transactions import commit
+from .transactions import may_succeed
 
 
 __all__ = [

@@ -36,7 +36,6 @@ from ..settings import check_sizes
 from ..settings import convert
 from ..settings import PoolSettings
 from ..settings import sort_keywords
-from .commit import run_transaction
 from .connections import Connections
 from .entry import Entry
 from .entry import NEVER
@@ -59,6 +58,7 @@ from .session import is_watched
 from .session import watched
 from .timer import MaintenanceTimer
 from .timer import timer as process_timer
+from .transactions import run_transaction
 from .users import MANY
 
 
