@@ -29,7 +29,10 @@ from conftest import in_thread
 from conftest import Outside
 from conftest import run
 from zpgpool.core.handoff import CLOSING
+from zpgpool.core.handoff import Handoff
 from zpgpool.core.handoff import OPEN
+from zpgpool.core.handoff import QueueFull
+from zpgpool.core.handoff import Slot
 from zpgpool.core.handoff import Ticket
 from zpgpool.core.hangup import hang_up
 from zpgpool.core.lines import current_lines
@@ -723,3 +726,36 @@ class TestWhereAThreadIs:
     )
     def test_whose_a_file_is(self, path: str, expected: bool) -> None:
         assert is_users(path) is expected
+
+
+class TestWhatALossLeaves:
+    def test_a_transaction_that_psycopg2_does_not_know_of_is_ended(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, autocommit=True, idle_timeout=60)
+        conn = pool.getconn()
+        run(conn, "BEGIN")
+        pool.putconn(conn)
+        with pool.connection() as conn:
+            assert conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_IDLE
+
+    def test_a_persistent_pool_replaces_what_its_thread_has_lost(self, make_pool: MakePool, outside: Outside) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, idle_timeout=60)
+        conn = pool.getconn()
+        outside.terminate()
+        with pytest.raises(psycopg2.OperationalError):
+            run(conn, "SELECT 1")
+        assert run(pool.getconn(), "SELECT 2") == 2
+        pool.putconn()
+
+    def test_those_behind_max_waiting_are_told(self) -> None:
+        handoff: Handoff[Slot] = Handoff(Slot, 1)
+        tickets: list[Ticket[Any]] = [Ticket(0.0, 0.0) for _ in range(3)]
+        handoff.queue.extend(tickets)
+        handoff.shed(None)
+        assert not any(ticket.is_settled for ticket in tickets)
+        handoff.shed(1)
+        assert [ticket.is_settled for ticket in tickets] == [False, True, True]
+        assert isinstance(tickets[1].settle(None), QueueFull)
+
+    def test_nobody_is_first_in_a_queue_that_is_empty(self) -> None:
+        handoff: Handoff[Slot] = Handoff(Slot, 1)
+        assert not handoff._is_first(Ticket(0.0, 0.0))

@@ -380,6 +380,9 @@ def test_a_server_with_too_many_clients_makes_wait(tmp_path: Path) -> None:
                 pool.getconn()
             with pytest.raises(psycopg2.OperationalError, match="too many clients"):
                 pool.getconn(timeout=0)
+        with zpgpool.ThreadedConnectionPool(0, 2, guest) as pool:
+            with pytest.raises(psycopg2.OperationalError, match="too many clients"):
+                pool.getconn()
         for conn in held:
             conn.close()
 

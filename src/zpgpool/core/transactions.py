@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextlib import suppress
-from itertools import count
 from time import monotonic
 from time import sleep
 from typing import Any
@@ -123,7 +122,8 @@ def _ask_number(conn: Connection) -> dict[str, str] | None:
 
 def _ask_status(pool: Any, number: dict[str, str], until: float) -> str:
     """Return "committed", "aborted", or why neither is known at `until` (monotonic seconds)."""
-    for attempt in count():
+    attempt = 0
+    while True:
         try:
             one_try = min(until, monotonic() + PATIENCE / 2)  # the first of several hosts may be silent
             [(status,)] = query(pool, "zpgpool commit", STATUS, number, one_try)[0]
@@ -138,12 +138,13 @@ def _ask_status(pool: Any, number: dict[str, str], until: float) -> str:
         if is_final or monotonic() >= until:
             return str(status)
         _pause(attempt)
-    raise AssertionError  # `count()` has no end
+        attempt += 1
 
 
 def run_transaction(pool: Pool, function: Callable[[Connection], T], attempts: int) -> T:
     """See `AbstractConnectionPool.run_transaction`."""
-    for attempt in count(1):
+    attempt = 1
+    while True:
         try:
             with pool.connection() as conn, _transaction(pool, conn):
                 result = function(conn)
@@ -152,8 +153,8 @@ def run_transaction(pool: Pool, function: Callable[[Connection], T], attempts: i
         except Exception as error:
             if attempt >= attempts or not may_succeed(error):
                 raise
-            _pause(attempt)
-    raise AssertionError  # `count()` has no end
+        _pause(attempt)
+        attempt += 1
 
 
 @contextmanager
