@@ -97,6 +97,8 @@ def kill_a_backend(server: EmbeddedServer) -> None:
         )
         [(pid,), *_] = cursor.fetchall()
     os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    eventually(server._answers)  # it is down until it has recovered
 
 
 FAULTS: dict[str, Callable[[EmbeddedServer], None]] = {
