@@ -159,6 +159,8 @@ def all_of(server: Any) -> list[Question]:
         program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
         if program and not QUICK:
             with pgbouncer(program, own, 40) as bouncer:
+                title = f"the server behind PgBouncer restarts, and is down for {DOWN:g} s"
+                questions.append(ask("behind", title, bouncer.dsn, faults["restart"][1]))
                 questions.append(ask("pgbouncer", "PgBouncer is restarted", bouncer.dsn, bouncer.restart))
     if not QUICK:
         with folder() as path:

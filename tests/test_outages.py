@@ -29,6 +29,7 @@ from webtest import TestApp
 import books
 import outages
 import zpgpool
+from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
@@ -108,16 +109,23 @@ FAULTS: dict[str, Callable[[EmbeddedServer], None]] = {
 }
 
 
-def do(fault: str, server: EmbeddedServer, load: Load, times: int = TIMES) -> None:
-    """Let the fault come under load, several times."""
+def do(
+    fault: str,
+    server: EmbeddedServer,
+    load: Load,
+    times: int = TIMES,
+    faults: dict[str, Callable[[EmbeddedServer], None]] = FAULTS,
+    patience: float = 1.5,
+) -> None:
+    """Let the fault come under load, several times; no answer takes `patience` longer than it."""
     for _ in range(times):
         load.wait_for(50)
         began = time.monotonic()
-        FAULTS[fault](server)
+        faults[fault](server)
         down = time.monotonic() - began
         load.wait_for(20)
         longest = max(request.seconds for request in load.requests if request.ended > began)
-        assert is_within(longest, down + 1.5), (longest, down)
+        assert is_within(longest, down + patience), (longest, down)
 
 
 # Sites ----------------------------------------------------------------------------------------------------------------
@@ -225,6 +233,35 @@ def test_a_backend_is_killed_once(make_site: Any, server: EmbeddedServer) -> Non
         do("backend killed", server, load, 1)
     load.check_rows(server.dsn)
     assert load.failed("GET") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_app", [plain, with_run_transaction])
+@pytest.mark.parametrize("fault", [*FAULTS, "PgBouncer restarted"])
+def test_behind_pgbouncer(server: EmbeddedServer, tmp_path: Path, fault: str, make_app: Any) -> None:
+    """It lets clients connect while it has no server: what a new connection says after a loss is not believed."""
+    folder = tmp_path / "bouncer"
+    folder.mkdir()
+    for each in (folder, *folder.parents[:3]):
+        each.chmod(0o755)
+    bouncer = PgBouncer(folder, server, "transaction")
+
+    def restart_it(server: EmbeddedServer) -> None:
+        bouncer.stop()
+        bouncer.start()
+
+    name = f"behind {fault}"
+    site = filter_app_factory(make_app(name), {}, dsn=bouncer.dsn, name=name, verify_commit="true")
+    try:
+        with waitress(site, threads=THREADS) as port, Load(port) as load:
+            do(fault, server, load, faults={**FAULTS, "PgBouncer restarted": restart_it}, patience=2.5)
+        load.check_rows(server.dsn)
+        assert load.failed("GET") == []
+        assert len(load.failed("POST")) <= (TIMES * THREADS if make_app is plain else 0)
+    finally:
+        zpgpool.get_pool(name).close(0)
+        zpgpool.unregister_pool(name)
+        bouncer.stop()
 
 
 @pytest.mark.slow

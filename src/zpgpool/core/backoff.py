@@ -44,6 +44,9 @@ class ConnectBackoff:
         self.outage_wait = 0.0
         #: When the outage began (monotonic seconds); None while there is none.
         self.outage_since: float | None = None
+        #: Whether a connection was found dead, or was lost, since the last new one that has answered: a pooler accepts
+        #: connections while it has no server.
+        self.is_doubted = False
         #: Whether the server has too many clients.
         self.is_full = False
         self._clock = clock
@@ -79,7 +82,7 @@ class ConnectBackoff:
 
     def doubt(self) -> None:
         """A connection was found dead: the next connect is a try again."""
-        self._proven_until = NEVER_YET
+        self._proven_until, self.is_doubted = NEVER_YET, True
 
     @property
     def is_young(self) -> bool:
@@ -122,7 +125,7 @@ class ConnectBackoff:
 
     def succeeded(self) -> float | None:
         """Forget the outage; return how long it was, if there was one."""
-        seconds, self.outage_since, self.is_full = self.outage_seconds, None, False
+        seconds, self.outage_since, self.is_full, self.is_doubted = self.outage_seconds, None, False, False
         self.error, self._pause, self._retry_at = None, 0.0, NEVER_YET
         self._proven_until = self._clock() + PROOF
         return seconds

@@ -176,15 +176,17 @@ class Opener:
             if conn is None:
                 self.handoff.free(entry)
                 return None
-            outage = self.backoff.succeeded()
-            if outage is not None:
-                self._notifier.outage_ended(outage, len(self.handoff.queue))
             entry.attach(conn, weakref.ref(conn, self._lost))
             set_up(conn, self.settings)
             if self.settings.twophase and not self._may_prepare:
                 check_two_phase(conn, str(self._notifier))
                 self._may_prepare = True
             entry.begin(monotonic(), monotonic() - begun)
+            if (self.backoff.is_doubted or self.backoff.outage_seconds is not None) and not entry.ping(PATIENCE):
+                raise psycopg2.OperationalError("it lets us connect, but does not answer")
+            outage = self.backoff.succeeded()
+            if outage is not None:
+                self._notifier.outage_ended(outage, len(self.handoff.queue))
         except BaseException as error:
             return self._give_up(entry, error.with_traceback(None), begun)
         entry.waiter = None  # the ticket may hold this entry as its answer: a cycle would keep it, were it lost
