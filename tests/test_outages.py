@@ -370,6 +370,14 @@ def use(pool: Any) -> Any:
         return run(conn, "SELECT 1")
 
 
+def connects(dsn: str) -> bool:
+    try:
+        psycopg2.connect(dsn).close()
+    except psycopg2.OperationalError:
+        return False
+    return True
+
+
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     events: list[Any] = []
@@ -378,7 +386,21 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_is_no_outage_is_refused_at_once(server: EmbeddedServer) -> None:
-    for wrong in ("dbname=nosuch", "user=nobody_here", "sslmode=require host=127.0.0.1"):
+    rules = server.data / "pg_hba.conf"
+    rules.write_text(f"host all guarded 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+    with closing(psycopg2.connect(server.dsn)) as conn:
+        conn.autocommit = True
+        run(conn, "CREATE ROLE guarded LOGIN PASSWORD 'right'")
+        run(conn, "SELECT pg_reload_conf()")
+    guarded = "host=127.0.0.1 user=guarded"
+    eventually(lambda: not connects(f"{server.dsn} {guarded} password=wrong"))
+    for wrong in (
+        "dbname=nosuch",
+        "user=nobody_here",
+        "sslmode=require host=127.0.0.1",
+        f"{guarded} password=wrong",
+        guarded,
+    ):
         with zpgpool.ThreadedConnectionPool(0, 2, f"{server.dsn} {wrong}", timeout=30, outage_wait=10) as pool:
             begun = time.monotonic()
             for _ in range(3):
