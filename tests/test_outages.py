@@ -667,15 +667,18 @@ class Cut:
     def __init__(self, proxy: Proxy, delay: float | None) -> None:
         self._proxy = proxy
         self._delay = delay
+        self.timer = threading.Timer(delay or 0.0, proxy.fin)
+        self.has_come = False
         proxy.tap = self
 
     def __call__(self, data: bytes) -> None:
         if b"COMMIT" in data and b"SELECT" not in data:
             self._proxy.tap = lambda data: None
+            self.has_come = True
             if self._delay is None:
                 self._proxy.fin()  # what it has read goes nowhere
             else:
-                threading.Timer(self._delay, self._proxy.fin).start()
+                self.timer.start()
 
 
 @pytest.mark.slow
@@ -687,12 +690,12 @@ def test_a_commit_whose_answer_is_lost(server: EmbeddedServer, proxy: Proxy, is_
         run(outside, "ALTER DATABASE postgres SET commit_delay = 5000; ALTER DATABASE postgres SET commit_siblings = 0")
         outcomes: Counter[str] = Counter()
         pool = zpgpool.ThreadedConnectionPool(
-            0, 4, proxy.dsn(server.dsn), verify_commit=is_verified, timeout=10, idle_timeout=60
+            0, 4, proxy.dsn(server.dsn), verify_commit=is_verified, timeout=10, idle_timeout=60, outage_wait=10
         )
         for number in range(200):
             with suppress(psycopg2.Error):  # the last cut may have come after its commit
                 use(pool)
-            Cut(proxy, dice.choice([None, 0.0, 0.001, 0.002, 0.004, 0.008]))
+            cut = Cut(proxy, dice.choice([None, 0.0, 0.001, 0.002, 0.004, 0.008]))
             try:
                 pool.run_transaction(lambda conn: run(conn, "INSERT INTO written VALUES (%s)", str(number)), attempts=1)  # noqa: B023
                 believed = "committed"
@@ -700,11 +703,15 @@ def test_a_commit_whose_answer_is_lost(server: EmbeddedServer, proxy: Proxy, is_
                 believed = f"in doubt{error.xid}"
             except psycopg2.Error:
                 believed = "aborted"
+            assert cut.has_come
+            if cut.timer.is_alive():
+                cut.timer.join()
             outcomes[believed] += 1
             is_there = bool(run(outside, "SELECT count(*) FROM written WHERE id = %s", str(number)))
             assert believed == "in doubt" or is_there is (believed == "committed"), (number, believed, is_there)
         print(outcomes)
-        assert len(outcomes) == 2 if is_verified else outcomes["in doubt"] > 0
+        assert outcomes.keys() == {"committed", "aborted" if is_verified else "in doubt"}
+        assert min(outcomes.values()) > 20
         pool.closeall()
 
 
