@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import zope.event
 
 import zpgpool
 from conftest import KINDS
@@ -36,6 +37,12 @@ def calls(function: Callable[[], object]) -> tuple[int, int]:
     finally:
         sys.setprofile(None)
     return frames, c_calls
+
+
+@pytest.fixture(autouse=True)
+def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status page of another test has subscribed for good; a return goes the long way then."""
+    monkeypatch.setattr(zope.event, "subscribers", [])
 
 
 @pytest.mark.parametrize(("autocommit", "most"), [(None, 12), (True, 11)])

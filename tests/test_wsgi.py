@@ -82,10 +82,11 @@ def pool(make_pool: MakePool, kind: str) -> Any:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """However a request ended, this package remembers nothing of it."""
+    leases = zpgpool.request.local.state.leases
+    before = {*tasks.values(), *leases.values()}  # of bodies that another module's test client has not closed
     yield
     gc.collect()
-    assert tasks == {}
-    assert zpgpool.request.local.state.leases == {}
+    assert {*tasks.values(), *leases.values()} <= before
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

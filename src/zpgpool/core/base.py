@@ -48,7 +48,6 @@ from .management import ManagedPool
 from .notifier import Notifier
 from .notifier import weakly
 from .owners import Checkout
-from .owners import current_work
 from .owners import Holder
 from .owners import LifeToken
 from .owners import OwnerLocal
@@ -156,7 +155,7 @@ class AbstractConnectionPool(ManagedPool):
         """Follow these settings from now on: the one place where they are read for the hit path."""
         self.settings = settings
         self._connections.apply(settings)
-        #: Whether each return goes the long way: to be reset, compared with how it was, or told of.
+        #: Whether each return goes the long way: to be reset, compared, or told of.
         self._is_long = settings.reset is not None or bool(self._notifier.observers) or self._has_unwatched
         #: From when on each return looks for more than waiters (monotonic seconds): see `_after_return`.
         self._watch_at = NEVER_YET if settings.idle_timeout == 0 or not self._in_background else NEVER
@@ -249,10 +248,9 @@ class AbstractConnectionPool(ManagedPool):
         attempts -- how often it is run at most: again after a serialization failure, a deadlock, and a connection that
             could not be opened, or was lost before the commit; after pauses that grow from 0.1 to 1 s.
 
-        Whatever else `function` does is done again, too. It must neither commit nor roll back.
-        Raises CommitInDoubt when the answer to the commit was lost, and it is not known whether it was done (see the
-        setting `verify_commit`); PoolError when the connection is in a transaction already; what `getconn` and the last
-        run of `function` raise.
+        Whatever else `function` does is done again, too. It must neither commit nor roll back. Raises CommitInDoubt
+        when the answer to the commit was lost (see the setting `verify_commit`); PoolError when the connection is in a
+        transaction already; what `getconn` and the last run of `function` raise.
         """
         return run_transaction(self, function, attempts)
 
@@ -317,15 +315,10 @@ class AbstractConnectionPool(ManagedPool):
         except Closed:
             error = PoolClosed(f"{self!r}")
         except psycopg2.Error as failure:
-            self._note_failure(failure)
+            self._connections.note_failure(failure)
             raise
-        self._note_failure(error)
+        self._connections.note_failure(error)
         raise error from self.last_connect_error
-
-    def _note_failure(self, error: psycopg2.Error) -> None:
-        self._connections.count(requests_errors=1)
-        if (work := current_work()) is not None:
-            work.failure = error
 
     def _timed_out(self, timeout: float, waited: float) -> PoolTimeout:
         what = f"no connection came free within {waited:.1f} s" if timeout else "connection pool exhausted"
@@ -345,11 +338,14 @@ class AbstractConnectionPool(ManagedPool):
         now = monotonic()
         conn: Any = entry.conn
         # Entry.is_clean, written out, for a session that nobody touched.
-        is_ordinary = not (close or now >= entry.expires or self._is_long or conn.is_touched)
-        if not is_ordinary or conn.status != STATUS_READY or conn.get_transaction_status():
+        if close or now >= entry.expires or self._is_long or conn.is_touched:
             entry.owner = owner
-            connections = self._connections
-            if not (is_ordinary and connections.roll_back(entry, now)) and not connections.clean(entry, close):
+            if not self._connections.clean(entry, close):
+                return
+            now = monotonic()
+        elif conn.status != STATUS_READY or conn.get_transaction_status():
+            entry.owner = owner
+            if not self._connections.roll_back(entry, now) and not self._connections.clean(entry, close):
                 return
             now = monotonic()
         entry.since = now

@@ -220,6 +220,12 @@ class Connections(IdleConnections):
             self.handoff.park(entry, entry)
             self.after_return()
 
+    def note_failure(self, error: psycopg2.Error) -> None:
+        """Count a checkout that got no connection, and tell what its thread works on."""
+        self.count(requests_errors=1)
+        if (work := current_work()) is not None:
+            work.failure = error
+
     # A return --------------------------------------------------------------------------------------------------------
 
     def roll_back(self, entry: Entry, now: float) -> bool:
