@@ -629,7 +629,7 @@ class TestWhatTwoThreadsRarelyDo:
 
         done: list[int] = []
         workers = Workers("never-started", 1)
-        workers._tasks = Queue()  # type: ignore[assignment]
+        workers._tasks = Queue()  # type: ignore[assignment]  # one that the test drives
         workers._work()
         assert done == [1]
         workers._threads.add(threading.current_thread())

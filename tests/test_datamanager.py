@@ -401,7 +401,7 @@ class TestCursors:
         transaction.abort()
 
     def test_a_factory_that_is_no_class(self) -> None:
-        factory = lambda conn, name: None  # noqa: E731
+        factory = lambda conn, name: None  # noqa: E731  # no class, and without a name
         assert transient_cursor(factory) is factory
 
 
@@ -705,7 +705,7 @@ class TestInRequests:
 
         def iterate() -> None:
             list(body)
-            body.close()  # type: ignore[attr-defined]
+            body.close()  # type: ignore[attr-defined]  # PEP 3333: a body may have it
 
         in_thread(iterate)
         assert table.rows == [1]
@@ -833,7 +833,7 @@ class TestTwoPhase:
     def lose(self, outside: Outside, pid: int) -> Other:
         """Return a resource that ends the session between its vote and the end."""
         kill = Other("~")
-        kill.tpc_vote = lambda txn: outside.terminate(pid)  # type: ignore[attr-defined]
+        kill.tpc_vote = lambda txn: outside.terminate(pid)  # type: ignore[attr-defined]  # only this one dies
         return kill
 
     def test_a_connection_lost_before_the_end_is_made_up_for(

@@ -926,13 +926,20 @@ def test_errors_that_pass(error: psycopg2.Error, expected: bool) -> None:
     assert is_passing(error) is expected
 
 
-def test_a_cursor_that_was_closed_is_no_loss(make_pool: Any) -> None:
+def test_a_cursor_that_was_closed_is_no_loss_and_a_connection_is(make_pool: Any) -> None:
     with make_pool(zpgpool.ThreadedConnectionPool) as pool, pool.connection() as conn:
         cursor = conn.cursor()
         cursor.close()
         with pytest.raises(psycopg2.InterfaceError) as caught:
             cursor.execute("SELECT 1")
-        assert not is_passing(caught.value) or caught.value.cursor is None
+        assert str(caught.value) == "cursor already closed"
+        assert not is_passing(caught.value)
+        lost = pool.getconn()
+        lost.close()
+        with pytest.raises(psycopg2.InterfaceError) as caught:
+            lost.cursor()
+        assert is_passing(caught.value)
+        pool.putconn(lost)
 
 
 class TestDiagnoses:

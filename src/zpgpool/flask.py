@@ -89,7 +89,7 @@ def init_app(app: flask.Flask) -> None:
         pool = _make(name, options, registry)
         outermost = PoolMiddleware(outermost, pool, _lease_name(app, name), retry_after=seconds, registry=registry)
     app.extensions["zpgpool"] = registry
-    app.wsgi_app = outermost  # type: ignore[method-assign]
+    app.wsgi_app = outermost  # type: ignore[method-assign]  # as Flask's documentation wraps it
 
     @app.after_request
     def commit_leases(response: flask.Response) -> flask.Response:
@@ -120,7 +120,7 @@ def get_connection(name: str = "") -> Connection:
     a request that does not handle them is answered with 503 Service Unavailable. Raises ComponentLookupError when there
     is no such pool, and PoolError after the request's end.
     """
-    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    app = current_app._get_current_object()  # type: ignore[attr-defined]  # of the proxy, not of Flask
     try:
         if has_request_context():
             lease = request.environ.get(lease_keys[_lease_name(app, name)])

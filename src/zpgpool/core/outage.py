@@ -52,10 +52,9 @@ def is_passing(error: psycopg2.Error) -> bool:
     """Whether an error says that a connection was lost, or could not be opened, for a reason that may pass."""
     if error.pgcode is not None:
         return error.pgcode.startswith(PASSING)
-    # A plain DatabaseError is what libpq has no message for; an InterfaceError tells that one was lost before.
-    conn = error.cursor.connection if error.cursor is not None else None
-    if isinstance(error, psycopg2.InterfaceError):
-        return conn is None or bool(conn.closed)
+    if isinstance(error, psycopg2.InterfaceError):  # it was lost before; a cursor that was closed is a mistake
+        return str(error) == "connection already closed"
+    # A plain DatabaseError is what libpq has no message for.
     is_plain = type(error).__module__ != "psycopg2.errors"  # those are of one SQLSTATE each
     return is_plain and (isinstance(error, psycopg2.OperationalError) or type(error) is psycopg2.DatabaseError)
 
