@@ -77,6 +77,8 @@ def level(pair: Pair) -> Iterator[Pair]:
     pair.ask(pair.standby, "SELECT pg_wal_replay_resume()")
     wal = pair.ask(pair.primary, "SELECT pg_current_wal_lsn()")
     eventually(lambda: pair.ask(pair.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 20)
+    # A standby that has just connected again counts as behind by the age of its last commit, until it streams.
+    eventually(lambda: pair.ask(pair.standby, "SELECT status = 'streaming' FROM pg_stat_wal_receiver"), 20)
 
 
 def dsn_of(*servers: Any, attrs: str = "any") -> str:
@@ -97,7 +99,7 @@ def make_main(level: Pair) -> Iterator[Callable[..., Any]]:
         pools.append(kind(0, 8, dsn, idle_timeout=60, timeout=5, name="main", replica="replica", **options))
         for pool in pools:
             zpgpool.register_pool(pool, pool.name)
-        eventually(lambda: watch(pools[0]).seconds is not None)
+        eventually(lambda: not watch(pools[0]).why_not(1, time.monotonic()), 20)
         return pools[1]
 
     yield make
