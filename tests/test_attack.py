@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -12,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -327,15 +327,15 @@ class TestHooks:
 
         pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60, reset=reset if how == "hook" else None)
 
-        def copy(conn: Any) -> None:
-            with open(os.devnull, "w") as null, suppress(psycopg2.Error):
-                conn.cursor().copy_expert("COPY (SELECT pg_sleep(60)) TO STDOUT", null)
+        class Full:
+            def write(self, data: bytes) -> None:
+                raise OSError(errno.ENOSPC, "no space left")
 
         with zpgpool.task("nightly report"):
             conn = pool.getconn()
             if how == "copy":
-                Call(copy, conn)
-                eventually(lambda: conn.get_transaction_status() == psycopg2.extensions.TRANSACTION_STATUS_ACTIVE)
+                with pytest.raises(OSError, match="no space left"):
+                    conn.cursor().copy_expert("COPY (SELECT 1) TO STDOUT", Full())
             pool.putconn(conn)
         [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert "could not be made clean" in record.getMessage()

@@ -522,7 +522,7 @@ def test_a_refill_that_is_overtaken_by_close_is_silent(make_pool: MakePool, capl
 
     def fail(conn: Any) -> None:
         if len(pools) == 2:
-            pools[0].close()
+            pools[0].close(0)
         raise RuntimeError("not today")
 
     for expected in (1, 1):

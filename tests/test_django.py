@@ -514,7 +514,9 @@ class TestWithoutAConnection:
     def test_requests_are_503_where_the_server_is_down(
         self, databases: Databases, caplog: pytest.LogCaptureFixture
     ) -> None:
-        databases(default={"HOST": "127.0.0.1", "PORT": str(free_port()), "PASSWORD": SECRET})
+        databases(
+            default={"HOST": "127.0.0.1", "PORT": str(free_port()), "PASSWORD": SECRET, "own": {"outage_wait": 0}}
+        )
         response = Client().get("/add/1")
         assert (response.status_code, response["Retry-After"]) == (503, "5")
         assert "Connection refused" in caplog.text
@@ -681,6 +683,7 @@ class Served(LiveServerTestCase):
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["1", "2"])
 def test_a_project_is_migrated_and_tested(dsn: str, outside: Outside, tmp_path: Path, parallel: str) -> None:
     for name, text in PROJECT.items():

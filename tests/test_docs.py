@@ -560,6 +560,7 @@ def forked(peer: Peer, outside: Outside) -> str:
 SCENARIOS: list[Callable[[Peer, Any], str]] = [ended, inherited, threads_end, waiting, forked]
 
 
+@pytest.mark.slow
 def test_the_readme_says_what_others_do(dsn: str, outside: Any) -> None:
     for module, package in (("psycopg2_pool", "psycopg2-pool"), ("dbutils", "DBUtils"), ("sqlalchemy", "SQLAlchemy")):
         if not _is_there(module):

@@ -167,7 +167,7 @@ def test_a_subscriber_may_use_the_pool_from_any_thread(make_pool: MakePool) -> N
             pool.getconn()
         pool.run_maintenance(time.monotonic() + 2)
         pool.putconn(held.pop(), close=True)
-        pool.close()
+        pool.close(0)
     finally:
         zope.event.subscribers.remove(use)
     assert set(calls) == {"ConnectionOpened", "RequestTimedOut", "ConnectionLeaked", "ConnectionClosed"}

@@ -83,7 +83,7 @@ class Clients:
             thread.join()
 
 
-@pytest.mark.parametrize("failovers", [3, pytest.param(10, marks=pytest.mark.slow)])  # four seconds each
+@pytest.mark.parametrize("failovers", [2, pytest.param(10, marks=pytest.mark.slow)])  # four seconds each
 def test_failovers_under_load(pair: Pair, caplog: pytest.LogCaptureFixture, failovers: int) -> None:
     """No acknowledged row is lost or doubled; errors only while there is no primary."""
     caplog.set_level("CRITICAL", "zpgpool")

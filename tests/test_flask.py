@@ -424,7 +424,8 @@ class TestWithoutAConnection:
         assert waiter.result()[0] == 200
 
     def test_a_server_that_is_down_is_503(self, make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
-        app = make_app(config={"dsn": f"host=127.0.0.1 port={free_port()} dbname=x user=x password={SECRET}"})
+        dsn = f"host=127.0.0.1 port={free_port()} dbname=x user=x password={SECRET}"
+        app = make_app(config={"dsn": dsn, "outage_wait": 0})
         response = app.test_client().get("/pid")
         assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
         assert SECRET not in caplog.text
@@ -468,7 +469,7 @@ class TestWithoutAConnection:
         assert get(app, "/wrong") == (418, "QueryCanceled")
 
     def test_outside_of_requests_it_is_an_error(self, make_app: MakeApp) -> None:
-        app = make_app(config={"dsn": f"host=127.0.0.1 port={free_port()} dbname=x user=x"})
+        app = make_app(config={"dsn": f"host=127.0.0.1 port={free_port()} dbname=x user=x", "outage_wait": 0})
         with app.app_context(), pytest.raises(ConnectFailed, match="Connection refused") as info:
             get_connection()
         assert isinstance(info.value.__cause__, psycopg2.OperationalError)

@@ -57,13 +57,21 @@ THREADS = 4
 TIMES = 5
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(tmp_path / "data", port=free_port(), options=OPTIONS) as server:
-        with closing(psycopg2.connect(server.dsn)) as conn, conn.cursor() as cursor:
-            cursor.execute(outages.TABLE)
-            conn.commit()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(tmp_path_factory.mktemp("outages") / "data", port=free_port(), options=OPTIONS) as server:
         yield server
+
+
+@pytest.fixture
+def server(made: EmbeddedServer) -> EmbeddedServer:
+    """A server that runs, whatever a test before did to it, with an empty table."""
+    if not made.is_running:
+        made.launch()
+    with closing(psycopg2.connect(made.dsn)) as conn, conn.cursor() as cursor:
+        cursor.execute(f"{outages.TABLE}; TRUNCATE written; ALTER DATABASE postgres RESET ALL")
+        conn.commit()
+    return made
 
 
 @pytest.fixture

@@ -225,7 +225,7 @@ class TestLoading:
 
     def test_loading_needs_no_server(self, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TEST_DSN", "host=/nowhere")
-        app = load(with_option("minconn = 2\n    retry_after = 7"))
+        app = load(with_option("minconn = 2\n    retry_after = 7\n    outage_wait = 0"))
         response = TestApp(app).get("/", status=503)
         assert response.headers["Retry-After"] == "7"
 

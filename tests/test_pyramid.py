@@ -643,6 +643,7 @@ class TestBooks:
         check_books(outside, ["0", "1"], application.objects, MAXCONN)
         assert len(application.attempts) > 2
 
+    @pytest.mark.slow
     def test_a_thousand_requests(self, port: int, application: Application, outside: Outside) -> None:
         stored = books.load(port, 1000)
         check_books(outside, stored, application.objects, MAXCONN)

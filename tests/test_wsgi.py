@@ -929,6 +929,10 @@ class TestLength:
             client.close()
 
 
+#: More than the buffers of the sockets between take, so that the server is not done when its client has begun to read.
+SIZE = 8 << 20
+
+
 class TestFiles:
     @shared_kinds
     def test_are_passed_on_as_they_are_in_waitress_and_the_connection_is_back_before(
@@ -936,7 +940,7 @@ class TestFiles:
     ) -> None:
         """Pitfall 10: with a slow reader, so that the main thread closes the file."""
         path = tmp_path / "large"
-        path.write_bytes(b"x" * (16 << 20))
+        path.write_bytes(b"x" * SIZE)
         made: list[Any] = []
         passed: list[Any] = []
 
@@ -961,7 +965,7 @@ class TestFiles:
             assert not made[0].file.closed
             while chunk := client.recv(1 << 20):
                 received += chunk
-            assert len(received.partition(b"\r\n\r\n")[2]) == 16 << 20
+            assert len(received.partition(b"\r\n\r\n")[2]) == SIZE
             eventually(lambda: made[0].file.closed)
             assert fetch(port)
         assert pool.holders() == []
@@ -969,7 +973,7 @@ class TestFiles:
     def test_a_client_that_hangs_up_during_one_breaks_nothing(self, pool: Any, tmp_path: Path) -> None:
         """Pitfall 10."""
         path = tmp_path / "large"
-        path.write_bytes(b"x" * (16 << 20))
+        path.write_bytes(b"x" * SIZE)
         files: list[Any] = []
 
         def app(environ: Any, start_response: Any) -> Any:
