@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+from typing import cast
+from typing import TYPE_CHECKING
 
 import psycopg2
 import pytest
@@ -32,6 +34,10 @@ from zpgpool.check import size_pool
 from zpgpool.core.probe import NoAnswer
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.monitor.snapshot import ask_server
+
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
 
 
 SECRET = "hunter2"
@@ -205,7 +211,7 @@ class Remote:
     ],
 )
 def test_the_network_to_another_machine(ssl_in_use: bool, parts: dict[str, str], levels: list[str]) -> None:
-    assert [LEVELS[line.level] for line in _network(Remote(ssl_in_use), parts)] == levels
+    assert [LEVELS[line.level] for line in _network(cast("Connection", Remote(ssl_in_use)), parts)] == levels
 
 
 counts = st.integers(1, 1000)

@@ -557,7 +557,10 @@ class TestJoining:
 
     def test_what_sorts_where(self, make_pool: MakePool) -> None:
         pool = make_pool(open=False)
-        one, two = DataManager(pool, None).sortKey(), TwoPhaseDataManager(pool, None).sortKey()
+        one, two = (
+            DataManager(pool, transaction.manager).sortKey(),
+            TwoPhaseDataManager(pool, transaction.manager).sortKey(),
+        )
         for storage in ("/var/Data.fs:1", "zodb:2", "MappingStorage:3", "ZZ"):
             assert storage < two < one
 

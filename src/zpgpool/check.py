@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import ipaddress
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import closing
 from time import monotonic
 from typing import Any
 from typing import NamedTuple
+from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import psycopg2
 from psycopg2.extensions import make_dsn
@@ -19,6 +22,13 @@ from .dsn import read_environment
 from .errors import one_line
 from .settings import SettingError
 from .settings import TABLE
+
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+
+    #: The row of `FACTS`: of texts, numbers and truths.
+    Facts: TypeAlias = tuple[Any, ...]
 
 
 #: How bad a line is: the worst one is the exit status.
@@ -96,15 +106,15 @@ def examine(dsn: str, threads: int = 4, processes: int = 1, maxconn: int | None 
         yield from _two_phase(settings, processes * (maxconn or threads))
 
 
-def _ask(conn: Any) -> tuple[tuple[Any, ...], dict[str, int]]:
+def _ask(conn: Connection) -> tuple[Facts, dict[str, int]]:
     with conn.cursor() as cursor:
         cursor.execute(FACTS)
-        facts = cursor.fetchone()
+        facts = cursor.fetchall()[0]
         cursor.execute("SELECT name, setting::bigint FROM pg_settings WHERE vartype = 'integer'")
         return facts, dict(cursor.fetchall())
 
 
-def _server(conn: Any, facts: tuple[Any, ...]) -> Iterator[Finding]:
+def _server(conn: Connection, facts: Facts) -> Iterator[Finding]:
     version, backend_pid, is_standby, is_superuser, *_ = facts
     if conn.info.server_version < TELLS_DEMOTION:
         yield Finding(ADVICE, "server", f"PostgreSQL {version}: only 14 and later say so when they become a standby")
@@ -128,7 +138,7 @@ def _server(conn: Any, facts: tuple[Any, ...]) -> Iterator[Finding]:
         yield Finding(OK, "role", "no superuser")
 
 
-def _network(conn: Any, parts: dict[str, Any]) -> Iterator[Finding]:
+def _network(conn: Connection, parts: Mapping[str, str]) -> Iterator[Finding]:
     if _is_local(conn.info.host or ""):
         yield Finding(OK, "TLS", f"not needed: the server is on this machine{', but used' * conn.info.ssl_in_use}")
         return
@@ -156,9 +166,7 @@ def _is_local(host: str) -> bool:
         return host.startswith(("/", "@")) or host in ("", "localhost")
 
 
-def _room(
-    facts: tuple[Any, ...], settings: dict[str, int], threads: int, processes: int, maxconn: int
-) -> Iterator[Finding]:
+def _room(facts: Facts, settings: dict[str, int], threads: int, processes: int, maxconn: int) -> Iterator[Finding]:
     *_, role_limit, database_limit, others = facts
     reserved = settings["superuser_reserved_connections"] + settings.get("reserved_connections", 0)
     server = settings["max_connections"] - reserved

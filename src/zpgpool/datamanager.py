@@ -7,7 +7,6 @@ between is found and resolved by `zpgpool recover`.
 
 from __future__ import annotations
 
-from typing import Any
 from typing import TYPE_CHECKING
 
 from .registry import get_pool
@@ -31,9 +30,12 @@ if TYPE_CHECKING:
     from zope.interface.registry import Components
 
     from .types import Pool
+    from .types import TransactionManager
 
 
-def get_connection(name: str = "", tm: Any = None, registry: Components | None = None) -> Connection:
+def get_connection(
+    name: str = "", tm: TransactionManager | None = None, registry: Components | None = None
+) -> Connection:
     """Return the connection of the current transaction, from the pool `name`: the same one until the transaction ends.
 
     tm -- the transaction manager; by default `transaction.manager`, the thread's.

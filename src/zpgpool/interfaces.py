@@ -230,7 +230,7 @@ class IPoolInternals(IMaintained):
     def observe(observer: IObserver) -> None:
         """Tell `observer` from now on what `IObserver` lists. A return takes some microseconds more with that."""
 
-    def open_connection(**keywords: Any) -> Connection:
+    def open_connection(**keywords: object) -> Connection:
         """Return a new connection to the pool's server that is none of the pool's, with `keywords` of libpq on top.
 
         For a look from outside: the caller closes it.

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from .types import Pool
+    from .types import Transaction
+    from .types import TransactionManager
 
 
 log = logging.getLogger("zpgpool")
@@ -38,12 +40,12 @@ log = logging.getLogger("zpgpool")
 _numbers = count(1)
 
 
-def resources_of(txn: Any) -> list[Any]:
+def resources_of(txn: object) -> list[object]:
     """Return what has joined a transaction. Private to `transaction`, which has no other way to tell."""
-    return list(txn._resources)
+    return list(txn._resources)  # type: ignore[attr-defined]  # private
 
 
-def votes_of(txn: Any) -> dict[int, bool]:
+def votes_of(txn: object) -> dict[int, bool]:
     """Return who has voted, by the resources' ids. Private to `transaction`, as `_resources`; `tests` watch both."""
     return dict(getattr(txn, "_voted", None) or {})
 
@@ -69,13 +71,13 @@ class DataManager:
     #: decided, and before one-phase: "}" is behind every letter, "~" behind that.
     ORDER = "~"
 
-    def __init__(self, pool: Pool, tm: Any) -> None:
+    def __init__(self, pool: Pool, tm: TransactionManager) -> None:
         self.transaction_manager = tm
         self.pool = pool
         self.phase = Phase.OUTSIDE
         self._shared: SharedCheckout | None = None
         self._factory: Any = None
-        self._txn: Any = None
+        self._txn: Transaction | None = None
         self._sort_key = f"{self.ORDER}zpgpool:{pool.name}:{next(_numbers):012d}"
 
     def __repr__(self) -> str:
@@ -95,7 +97,7 @@ class DataManager:
         """The connection; None when the transaction has none."""
         return None if self._shared is None else self._shared.conn
 
-    def join(self, txn: Any) -> Connection:
+    def join(self, txn: Transaction) -> Connection:
         """Return the connection, which is part of `txn` from now on."""
         if self._shared is not None and self.is_joined:
             return self._shared.conn
@@ -133,7 +135,7 @@ class DataManager:
                 f"{self.pool!r}: a connection with autocommit commits at once, and cannot join a transaction"
             )
 
-    def _begin(self, txn: Any, conn: Connection) -> None:
+    def _begin(self, txn: Transaction, conn: Connection) -> None:
         """Begin a transaction of the server's; psycopg2 does with the first statement."""
 
     def _release(self, close: bool = False) -> None:
@@ -177,7 +179,7 @@ class DataManager:
         """End the transaction. Raises nothing: the others have committed."""
         self._release()
 
-    def tpc_abort(self, txn: Any) -> None:
+    def tpc_abort(self, txn: Transaction) -> None:
         """Roll back what can be, and end the transaction."""
         if self.conn is not None and self.phase is Phase.VOTED:
             self._abort_voted(txn)
@@ -185,14 +187,14 @@ class DataManager:
             self._roll_back(self.conn)
         self._release()
 
-    def _abort_voted(self, txn: Any) -> None:
+    def _abort_voted(self, txn: Transaction) -> None:
         log.critical(
             "%r: the transaction was committed here, but failed elsewhere after that: at most one resource that "
             "cannot be prepared may take part in a transaction (set twophase=true)",
             self.pool,
         )
 
-    def abort(self, txn: Any) -> None:
+    def abort(self, txn: Transaction) -> None:
         """Roll back. May come before the end, to roll back to a savepoint from before the connection joined."""
         if self.conn is None or not self._can_abort():
             return
@@ -207,7 +209,7 @@ class DataManager:
     def _can_abort(self) -> bool:
         return self.phase is not Phase.VOTED
 
-    def _rejoin(self, txn: Any) -> None:
+    def _rejoin(self, txn: Transaction) -> None:
         if self.conn is not None and not self.is_joined and self.conn.status != STATUS_READY:
             self.join(txn)
 
@@ -226,7 +228,8 @@ class DataManager:
         if self.conn is not None:
             log.error("%r: a transaction was neither committed nor aborted; it is aborted now: %s", self.pool, why)
             try:
-                self._txn.abort()
+                if self._txn is not None:
+                    self._txn.abort()
             except Exception:  # another resource's: the request that ends, or begins, has no part in it
                 log.exception("%r: aborting it failed", self.pool)
             finally:

@@ -19,6 +19,7 @@ from datetime import datetime
 from datetime import timedelta
 from datetime import timezone
 from typing import Any
+from typing import TYPE_CHECKING
 
 import psycopg2
 
@@ -32,6 +33,11 @@ from .errors import one_line
 from .settings import SettingError
 
 
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+    from psycopg2.extensions import Xid
+
+
 #: A transaction was begun at most this long before it was prepared, in ZODB's eyes: how far back its commits are read.
 LOOK_BACK = timedelta(days=1)
 
@@ -40,7 +46,7 @@ LOOK_BACK = timedelta(days=1)
 class InDoubt:
     """A prepared transaction of this application in the connection's database."""
 
-    xid: Any
+    xid: Xid
     prepared: datetime
     owner: str
     #: What is still there of whoever prepared it: "session", "process", or nothing.
@@ -64,7 +70,7 @@ class InDoubt:
         return f"its {self.alive} is alive: leave it alone" if self.alive else "its session has ended"
 
 
-def list_in_doubt(conn: Any) -> list[InDoubt]:
+def list_in_doubt(conn: Connection) -> list[InDoubt]:
     """Return the prepared transactions of zpgpool in the database of `conn`, the oldest first.
 
     Those of other databases and of other applications are left out (PostgreSQL documentation, "pg_prepared_xacts").
@@ -78,14 +84,14 @@ def list_in_doubt(conn: Any) -> list[InDoubt]:
     return sorted(in_doubt, key=lambda each: each.prepared)
 
 
-def _sessions(conn: Any) -> dict[int, datetime | None]:
+def _sessions(conn: Connection) -> dict[int, datetime | None]:
     """Return when the server's processes began, as far as this role may see that."""
     with conn.cursor() as cursor:
         cursor.execute("SELECT pid, backend_start FROM pg_stat_activity")
         return dict(cursor.fetchall())
 
 
-def _alive(xid: Any, sessions: dict[int, datetime | None]) -> str:
+def _alive(xid: Xid, sessions: dict[int, datetime | None]) -> str:
     """Return what is still there of whoever prepared it."""
     numbers = [part for part in xid.bqual.split(":") if part.isdecimal()]
     pid = int(numbers[-1]) if numbers else 0
@@ -100,7 +106,7 @@ def _alive(xid: Any, sessions: dict[int, datetime | None]) -> str:
     return ""
 
 
-def resolve(conn: Any, each: InDoubt, commit: bool) -> str:
+def resolve(conn: Connection, each: InDoubt, commit: bool) -> str:
     """Commit or roll back one of them, and return what happened. Raises CommandError when its owner is alive."""
     if each.is_live:
         raise CommandError(f"{each.id}: {each.state}")
@@ -230,11 +236,11 @@ def recover(args: argparse.Namespace) -> None:
         raise CommandError("; ".join(errors))
 
 
-def _proposals(conn: Any, source: str, in_doubt: list[InDoubt]) -> dict[str, tuple[bool | None, str]]:
+def _proposals(conn: Connection, source: str, in_doubt: list[InDoubt]) -> dict[str, tuple[bool | None, str]]:
     """Return for each whether to commit it (None: nobody knows), and what is to be said."""
     with conn.cursor() as cursor:
         cursor.execute("SELECT now()")
-        [server_now] = cursor.fetchone()
+        [(server_now,)] = cursor.fetchall()
     conn.rollback()
     behind = max(timedelta(0), server_now - datetime.now(timezone.utc))  # ZODB has the time of its process
     known, knows_all = committed_in_zodb(source, in_doubt[0].prepared - behind - LOOK_BACK)

@@ -9,7 +9,7 @@ import uuid
 from contextlib import closing
 from time import monotonic
 from time import sleep
-from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -28,6 +28,10 @@ from .onephase import votes_of
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
+    from psycopg2.extensions import Xid
+
+    from .types import ObservedPool
+    from .types import Transaction
 
 
 log = logging.getLogger("zpgpool")
@@ -67,14 +71,19 @@ class TwoPhaseDataManager(DataManager):
     ORDER = "}"
 
     #: The global id of the transaction, which is prepared, or to be; None when it commits in one phase after all.
-    _xid: Any = None
+    _xid: Xid | None = None
+
+    @property
+    def _global_id(self) -> Xid:
+        assert self._xid is not None
+        return self._xid
 
     def _check_can_join(self, conn: Connection) -> None:
         super()._check_can_join(conn)
         if conn.status != STATUS_READY:
             raise PoolError(f"{self.pool!r}: the connection is in a transaction of one phase already")
 
-    def _begin(self, txn: Any, conn: Connection) -> None:
+    def _begin(self, txn: Transaction, conn: Connection) -> None:
         # One for all pools of the transaction, and known to ZODB before it commits.
         gtrid = txn.extension.get(EXTENDED_INFO)
         if gtrid is None:
@@ -98,7 +107,7 @@ class TwoPhaseDataManager(DataManager):
         # whose id was given at the beginning. The server's process tells whether the owner is still there.
         has_zodb = any(type(other).__module__.startswith("ZODB.") for other in others)
         bqual = f"{self.pool.name[:40]}:{conn.get_backend_pid()}:{'zodb' if has_zodb else 'none'}"
-        self._xid = conn.xid(FORMAT_ID, self._xid.gtrid, _printable(bqual))
+        self._xid = conn.xid(FORMAT_ID, self._global_id.gtrid, _printable(bqual))
         try:
             with conn.cursor(cursor_factory=cursor) as curs:
                 curs.execute("PREPARE TRANSACTION %s", [str(self._xid)])
@@ -111,11 +120,11 @@ class TwoPhaseDataManager(DataManager):
 
     def _undo_prepare(self, error: psycopg2.Error) -> None:
         """Roll back what may be prepared, on a connection of its own: the vote has failed, so nobody will commit it."""
-        pool: Any = self.pool
+        pool = cast("ObservedPool", self.pool)
         try:
             with closing(pool.open_connection()) as conn:
                 _end_sessions(conn, f"PREPARE TRANSACTION '{self._xid}'")
-                conn.tpc_rollback(self._xid)
+                conn.tpc_rollback(self._global_id)
             log.warning("%r: PREPARE was not answered, but done; it is rolled back: %s", self.pool, one_line(error))
         except psycopg2.Error as second:
             if second.pgcode != errorcodes.UNDEFINED_OBJECT:  # else it was not prepared
@@ -134,10 +143,10 @@ class TwoPhaseDataManager(DataManager):
 
     def _commit_aside(self, error: psycopg2.Error) -> None:
         """Try once more, on a connection of its own: the one that prepared is lost, the transaction is not."""
-        pool: Any = self.pool
+        pool = cast("ObservedPool", self.pool)
         try:
             with closing(pool.open_connection()) as conn:
-                conn.tpc_commit(self._xid)
+                conn.tpc_commit(self._global_id)
         except psycopg2.Error as second:
             if second.pgcode == errorcodes.UNDEFINED_OBJECT:
                 # The first try has been heard, or somebody else was faster: nothing holds locks, no doubt is left.
@@ -145,7 +154,7 @@ class TwoPhaseDataManager(DataManager):
             else:
                 self._tell_in_doubt("COMMIT", error)
 
-    def _abort_voted(self, txn: Any) -> None:
+    def _abort_voted(self, txn: Transaction) -> None:
         if self._xid is None:
             super()._abort_voted(txn)
             return
@@ -182,8 +191,8 @@ class TwoPhaseDataManager(DataManager):
             "`zpgpool recover` has resolved it",
             self.pool,
             what,
-            self._xid.gtrid,
-            self._xid.bqual,
+            self._global_id.gtrid,
+            self._global_id.bqual,
             error if isinstance(error, str) else one_line(error),
         )
 

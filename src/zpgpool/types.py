@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -73,13 +74,41 @@ class KeyedPool(Pool, Protocol):
 
 
 class PersistentPool(Pool, Protocol):
-    """See `IPersistentConnectionPool`."""
+    """See `IPersistentConnectionPool`. An owner is `Any`: what only the pool that gave it knows."""
 
     def owner(self) -> Any: ...
 
     def connection_of(self, owner: Any) -> Connection | None: ...
 
     def putconn_of(self, owner: Any, close: bool = False) -> bool: ...
+
+
+class Transaction(Protocol):
+    """What a data manager needs of `transaction.interfaces.ITransaction`."""
+
+    extension: dict[str, Any]  # what an application notes in it is its own affair
+
+    def join(self, resource: object) -> None: ...
+
+    def data(self, key: object) -> Any: ...  # whatever was set
+
+    def set_data(self, key: object, data: object) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def setExtendedInfo(self, name: str, value: str) -> None: ...
+
+    def addBeforeCommitHook(self, hook: Callable[..., None], args: tuple[object, ...] = ()) -> None: ...
+
+    def addAfterAbortHook(self, hook: Callable[..., None]) -> None: ...
+
+    def addAfterCommitHook(self, hook: Callable[..., None]) -> None: ...
+
+
+class TransactionManager(Protocol):
+    """What a data manager needs of `transaction.interfaces.ITransactionManager`."""
+
+    def get(self) -> Transaction: ...
 
 
 class Holder(Protocol):
@@ -150,7 +179,7 @@ class ObservedPool(ManagedPool, Protocol):
 
     def observe(self, observer: IObserver) -> None: ...
 
-    def open_connection(self, **keywords: Any) -> Connection: ...
+    def open_connection(self, **keywords: object) -> Connection: ...
 
     def scrub(self, text: str) -> str: ...
 

@@ -10,11 +10,15 @@ import random
 import threading
 import weakref
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .probe import NoAnswer
 from .probe import query
 from .timer import timer
+
+
+if TYPE_CHECKING:
+    from ..types import ObservedPool
 
 
 #: Between two looks, in seconds; up to a fifth less, at random, so that many processes do not look together.
@@ -42,7 +46,7 @@ NOT_YET = "it has not been looked at yet"
 class Lag:
     """What is known of one replica's pool."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: ObservedPool) -> None:
         self._pool = weakref.ref(pool)
         #: How far behind, in seconds, at the last look: that at most. None: not known.
         self.seconds: float | None = None
@@ -106,7 +110,7 @@ class Lag:
             return f"no look was answered for {now - self._looked_at:.0f} s"
         return f"it is {self.seconds:.1f} s behind, max_lag is {most:g}" if self.seconds > most else ""
 
-    def show(self, now: float) -> dict[str, Any]:
+    def show(self, now: float) -> dict[str, object]:
         """Return what is known, for the status page: how far behind, when that was seen, and what is wrong."""
         ago = None if self.seconds is None else now - self._looked_at
         return {"seconds": self.seconds, "ago": ago, "trouble": self.trouble}
@@ -122,10 +126,10 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-_lags: weakref.WeakKeyDictionary[Any, Lag] = weakref.WeakKeyDictionary()
+_lags: weakref.WeakKeyDictionary[ObservedPool, Lag] = weakref.WeakKeyDictionary()
 
 
-def watch(pool: Any) -> Lag:
+def watch(pool: ObservedPool) -> Lag:
     """Return the lag of `pool`, whose server is a replica, and which is looked at from now on."""
     lag = _lags.get(pool)
     if lag is None:
@@ -135,6 +139,6 @@ def watch(pool: Any) -> Lag:
     return lag
 
 
-def lag_of(pool: Any) -> Lag | None:
+def lag_of(pool: ObservedPool) -> Lag | None:
     """Return the lag of `pool`; None if no pool uses it as its replica."""
     return _lags.get(pool)

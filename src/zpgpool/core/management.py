@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from os import getpid
 from time import monotonic
-from typing import Any
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
@@ -118,7 +117,7 @@ class ManagedPool(Users):
         if name and not self.settings.name:
             self._name = name
 
-    def open_connection(self, **keywords: Any) -> Connection:
+    def open_connection(self, **keywords: object) -> Connection:
         """See `IConnectionPool`."""
         return self._open_connection(keywords)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from time import monotonic
 from typing import Any
+from typing import TYPE_CHECKING
 
 import psycopg2
 from psycopg2.extensions import POLL_OK
@@ -18,12 +19,18 @@ from ..errors import one_line
 from .libpq import tell_sqlstates
 
 
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+
+    from ..types import ObservedPool
+
+
 class NoAnswer(Exception):
     """What the server cannot be asked; the message is one line, without a secret."""
 
 
 def query(
-    pool: Any, application_name: str, sql: str, args: Sequence[object] | Mapping[str, object], until: float
+    pool: ObservedPool, application_name: str, sql: str, args: Sequence[object] | Mapping[str, object], until: float
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Return the rows that `sql` gives, and the process number that the connection has been told.
 
@@ -43,7 +50,7 @@ def query(
         raise NoAnswer(pool.scrub(one_line(error))) from None
 
 
-def ask_why(open_connection: Callable[..., Any], until: float) -> str:
+def ask_why(open_connection: Callable[..., Connection | None], until: float) -> str:
     """Connect once more, and return the error of that, with its SQLSTATE; nothing when it succeeds, or takes too long.
 
     open_connection -- opens a connection, with libpq's keywords on top of the pool's; None: its pool has gone.
@@ -63,7 +70,7 @@ def ask_why(open_connection: Callable[..., Any], until: float) -> str:
     return ""
 
 
-def _wait(conn: Any, until: float) -> None:
+def _wait(conn: Connection, until: float) -> None:
     """Wait until a connect or query has ended. Raises TimeoutError at `until`."""
     while (state := conn.poll()) != POLL_OK:
         poll = select.poll()  # a new one: while it connects, the socket may become another one

@@ -120,7 +120,7 @@ def is_watched(conn: Connection) -> bool:
     return isinstance(conn, Watched)
 
 
-class Messages(list[Any]):
+class Messages(list[object]):
     """Messages of the server for a connection's user, who has changed the session with the first one.
 
     In the place of psycopg2's own lists: to look into those at each return would take a tenth of it (measured).
@@ -132,7 +132,7 @@ class Messages(list[Any]):
         super().__init__()
         self._conn = weakref.ref(conn)
 
-    def append(self, message: Any) -> None:
+    def append(self, message: object) -> None:
         """Called by psycopg2."""
         super().append(message)
         conn = self._conn()

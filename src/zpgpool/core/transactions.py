@@ -14,6 +14,7 @@ from contextlib import suppress
 from time import monotonic
 from time import sleep
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ from .probe import query
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..types import ObservedPool
     from ..types import Pool
 
 
@@ -120,13 +122,13 @@ def _ask_number(conn: Connection) -> dict[str, str] | None:
     return None if xid is None else {"xid": xid, "system": system, "timeline": timeline, "checkpoint": checkpoint}
 
 
-def _ask_status(pool: Any, number: dict[str, str], until: float) -> str:
+def _ask_status(pool: Pool, number: dict[str, str], until: float) -> str:
     """Return "committed", "aborted", or why neither is known at `until` (monotonic seconds)."""
     attempt = 0
     while True:
         try:
             one_try = min(until, monotonic() + PATIENCE / 2)  # the first of several hosts may be silent
-            [(status,)] = query(pool, "zpgpool commit", STATUS, number, one_try)[0]
+            [(status,)] = query(cast("ObservedPool", pool), "zpgpool commit", STATUS, number, one_try)[0]
         except NoAnswer as error:
             status = str(error)
             is_final = False

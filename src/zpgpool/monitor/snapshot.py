@@ -96,7 +96,7 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
         "last_connect_error": readable(pool.scrub(one_line(error))) if error else "",
         "outage_seconds": pool.outage_seconds if not pool.closed and IPoolManagement.providedBy(pool) else None,
         "server_note": server_note,
-        "lag": lag and {**(shown := lag.show(now)), "trouble": readable(shown["trouble"])},
+        "lag": lag and {**(shown := lag.show(now)), "trouble": readable(str(shown["trouble"]))},
         "holders": sorted(holders, key=lambda each: -each["seconds"]),
         "waiters": waiters,
         "incidents": [

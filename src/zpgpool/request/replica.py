@@ -10,6 +10,7 @@ import re
 import time
 from enum import Enum
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
+    from ..types import ObservedPool
     from ..types import Pool
     from .response import Headers
 
@@ -195,7 +197,7 @@ class ReplicaLease(Lease):
             self.is_reading = False
             log.warning("%s reads from the primary: %s", self, self._text(error))
             if not isinstance(error, PoolError):  # which says that it is busy, not that it is lost
-                watch(self._replica.pool).lost(self._text(error))
+                watch(cast("ObservedPool", self._replica.pool)).lost(self._text(error))
         return None
 
     def share(self, transaction: Transaction) -> SharedCheckout | None:
