@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
+from typing import TypeAlias
 
 import psycopg2
 from psycopg2.extensions import make_dsn
 from psycopg2.extensions import parse_dsn
 
 from .errors import SettingError
+
+
+#: Options and keywords by their names: which has which type, `settings.TABLE` and libpq know, and no type checker.
+Options: TypeAlias = dict[str, Any]
 
 
 def is_libpq_keyword(name: str) -> bool:
@@ -71,7 +75,7 @@ PRIVATE = ("password", "user", "host", "hostaddr", "dbname", "service", "passfil
 QUOTED = re.compile(r'"[^"]*"|«[^»]*»|»[^«]*«|„[^“]*“|\([0-9a-f.:]+\)')
 
 
-def scrub(text: str, keywords: Mapping[str, Any]) -> str:
+def scrub(text: str, keywords: Options) -> str:
     """Return a message of libpq or the server without what `psycopg2.connect(**keywords)` told them.
 
     Without what they quote, too: the default of a part that is not given is quoted as well.
@@ -96,7 +100,7 @@ def scrub(text: str, keywords: Mapping[str, Any]) -> str:
 CONNECT_TIMEOUT = 10
 
 
-def resolve(keywords: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(keywords: Options) -> dict[str, object]:
     """Return what `psycopg2.connect()` gets now: what a `dsn` or `password` that is callable returns, and a timeout."""
     resolved = dict(keywords)
     if callable(given := resolved.get("dsn")):

@@ -24,6 +24,7 @@ from .settings import convert_with
 from .settings import count
 from .settings import flag
 from .settings import list_known
+from .settings import Options
 from .settings import read_options
 from .settings import SettingError
 from .settings import TABLE
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
+    from .types import Checkout
     from .types import Pool
 
 
@@ -135,13 +137,12 @@ def _get_contexts_connection(app: flask.Flask, name: str) -> Connection:
     if "zpgpool" not in app.extensions:
         raise SettingError(f"zpgpool.flask: init_app() was not called for the application {app.name!r}")
     pool = get_pool(name, app.extensions["zpgpool"])
-    checkouts: dict[str, Any] = g.setdefault("_zpgpool", {})
+    checkouts: dict[str, Checkout] = g.setdefault("_zpgpool", {})
     if name in checkouts and checkouts[name].conn.closed:
         checkouts.pop(name).putconn()
     if name not in checkouts:
         checkouts[name] = pool.checkout()
-    conn: Connection = checkouts[name].conn
-    return conn
+    return checkouts[name].conn
 
 
 def _lease_name(app: flask.Flask, name: str) -> str:
@@ -149,20 +150,20 @@ def _lease_name(app: flask.Flask, name: str) -> str:
     return f"{app.name}.{id(app)}.{name}"
 
 
-def _collect(config: object) -> dict[str, Mapping[str, Any]]:
+def _collect(config: object) -> dict[str, Options]:
     """Return the options of each pool."""
     if isinstance(config, Mapping):
         are_pools = {isinstance(value, Mapping) for value in config.values()}
         if are_pools == {True}:
             return dict(config)
         if True not in are_pools:
-            return {"": config}
+            return {"": dict(config)}
     raise SettingError(
         "option 'ZPGPOOL': expected a mapping of a pool's options, or a mapping of names to such mappings"
     )
 
 
-def _make(name: str, options: Mapping[str, Any], registry: Components) -> Pool:
+def _make(name: str, options: Options, registry: Components) -> Pool:
     try:
         if "name" in options:
             raise SettingError("option 'name': a pool's name is its key, as in {'reports': {'dsn': ...}}")

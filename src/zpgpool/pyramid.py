@@ -19,6 +19,7 @@ from .settings import flag
 from .settings import hook
 from .settings import list_known
 from .settings import optional
+from .settings import Options
 from .settings import read_options
 from .settings import SettingError
 from .settings import TABLE
@@ -34,6 +35,8 @@ except ImportError as error:
 
 
 if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
 
@@ -84,9 +87,9 @@ def get_connection(request: Any, name: str = "") -> Connection:
     return get_requests_connection(environ, name)
 
 
-def _collect(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _collect(settings: Options) -> dict[str, Options]:
     """Return the options of each pool."""
-    pools: dict[str, dict[str, Any]] = {}
+    pools: dict[str, Options] = {}
     for key, value in settings.items():
         if key.startswith(PREFIX):
             name, _, option = key.removeprefix(PREFIX).rpartition(".")
@@ -94,7 +97,7 @@ def _collect(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return pools or {"": {}}
 
 
-def _include(config: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _include(config: Any, name: str, options: Options) -> Options:
     """Have the pool `name` made when the configuration is committed, and return the options of its middleware."""
     prefix = f"{PREFIX}{name}." if name else PREFIX
     try:
@@ -128,13 +131,13 @@ def _include(config: Any, name: str, options: Mapping[str, Any]) -> dict[str, An
     return served
 
 
-def _serving(policy: Any, served: Mapping[str, Mapping[str, Any]], registry: Any) -> Any:
+def _serving(policy: Any, served: Mapping[str, Options], registry: Any) -> Any:
     """Return an execution policy: `policy`, with the pools' connections for the time of each request."""
 
-    def execute(environ: Any, router: Any) -> Any:
+    def execute(environ: WSGIEnvironment, router: Any) -> Any:
         # The router calls what it gets as a WSGI application. So the middleware has the body, too, which no callback
         # of Pyramid sees, and all attempts of pyramid_retry.
-        def app(environ: Any, start_response: Any) -> Any:
+        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
             return policy(environ, router)(environ, start_response)
 
         if "repoze.tm.active" in environ:

@@ -6,7 +6,6 @@ not the current site's, which depends on the thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 from typing import cast
 from typing import TypeAlias
@@ -24,6 +23,7 @@ from .errors import PoolError
 from .interfaces import IConnectionPool
 from .interfaces import IConnectionPoolFactory
 from .interfaces import IPoolInternals
+from .settings import Options
 from .settings import SettingError
 from .types import Pool
 
@@ -69,8 +69,8 @@ def register_pool(pool: Pool, name: str = "", registry: Components | None = None
 
 def make_pool(
     kind: str,
-    settings: Mapping[str, Any],
-    libpq: Mapping[str, Any],
+    settings: Options,
+    libpq: Options,
     registry: Components | None = None,
     *,
     kind_option: str = "pool",
@@ -87,8 +87,7 @@ def make_pool(
     if factory is None:
         kinds = ", ".join(sorted(name for name, _ in registry.getUtilitiesFor(IConnectionPoolFactory)))
         raise SettingError(f"option {kind_option!r}: expected one of {kinds}, got {kind!r}")
-    made: Any = factory(open=False, **settings, **libpq)
-    pool: Ours = made
+    pool = cast("Ours", factory(open=False, **settings, **libpq))
     try:
         register_pool(pool, settings["name"], registry, info=info)
     except PoolError as error:
@@ -109,8 +108,7 @@ def get_pool(name: str = "", registry: Components | None = None) -> Ours:
 def query_pool(name: str = "", registry: Components | None = None) -> Ours | None:
     """Return the pool registered as `name`, or None."""
     registry = getGlobalSiteManager() if registry is None else registry
-    pool: Any = registry.queryUtility(IConnectionPool, name)
-    return cast("Ours | None", pool)
+    return cast("Ours | None", registry.queryUtility(IConnectionPool, name))
 
 
 def unregister_pool(name: str = "", registry: Components | None = None) -> Ours:

@@ -22,6 +22,7 @@ from psycopg2.extensions import connection as Connection
 
 from .dsn import check_dsn
 from .dsn import is_libpq_keyword
+from .dsn import Options as Options
 from .dsn import read_environment
 from .errors import SettingError as SettingError
 
@@ -138,10 +139,10 @@ def reset_hook(value: object) -> object:
         raise ValueError(f"'discard', or {error}") from None
 
 
-def optional(convert: Callable[[object], Any]) -> Callable[[object], Any]:
+def optional(convert: Callable[[object], object]) -> Callable[[object], object]:
     """Return a converter that knows None, too (in files: `none`, or nothing)."""
 
-    def convert_or_none(value: object) -> Any:
+    def convert_or_none(value: object) -> object:
         if is_nothing(value):
             return None
         try:
@@ -155,7 +156,7 @@ def optional(convert: Callable[[object], Any]) -> Callable[[object], Any]:
 Reset = Literal["discard"] | Callable[[Connection], object] | None
 
 
-def row(convert: Callable[[object], Any], default: object, unit: str, help: str, *, in_files: object = ...) -> Any:
+def row(convert: Callable[[object], object], default: object, unit: str, help: str, *, in_files: object = ...) -> Any:
     """Return a row of the table.
 
     `convert` takes text or a value and returns the value, or raises ValueError saying what it expects; `default` is
@@ -301,7 +302,7 @@ def convert(name: str, value: object) -> Any:
     return convert_with(TABLE[name].metadata["convert"], name, value)
 
 
-def convert_with(convert: Callable[[object], Any], name: str, value: object) -> Any:
+def convert_with(convert: Callable[[object], object], name: str, value: object) -> Any:
     """Return what `convert` makes of the value of option `name`. Raises SettingError."""
     try:
         return convert(value)
@@ -309,7 +310,7 @@ def convert_with(convert: Callable[[object], Any], name: str, value: object) -> 
         raise SettingError(f"option {name!r}: expected {error}, got {value!r}") from None
 
 
-def sort_keywords(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def sort_keywords(args: tuple[object, ...], keywords: Options) -> tuple[Options, Options]:
     """Sort what a pool is constructed with: its own options, and the keywords that go to `psycopg2.connect()`.
 
     `args` are the first of CONNECT_KEYWORDS. Raises SettingError for a keyword that nobody knows, and a connection
@@ -343,7 +344,7 @@ def list_known(names: Collection[str]) -> str:
     return f"known: {', '.join(sorted(names))}, and libpq's connection keywords"
 
 
-def read_options(options: Mapping[str, str], also_known: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_options(options: Mapping[str, str], also_known: Collection[str] = ()) -> tuple[Options, Options]:
     """Sort a front end's text options into settings of the table, with its defaults, and libpq's connection keywords.
 
     `also_known` are the front end's own options: left out, but named among the known ones.

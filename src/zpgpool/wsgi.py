@@ -12,7 +12,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from os import getpid
 from time import monotonic
-from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 from webob import Response
@@ -35,6 +35,7 @@ from .request import asks_for_primary
 from .request import begin_body
 from .request import close_body
 from .request import Disconnects
+from .request import Headers
 from .request import HeldResponse
 from .request import is_complete
 from .request import is_demotion
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from .settings import PoolSettings
+    from .types import ManagedPool
     from .types import Pool
 
     BeginAgain = Callable[[], Iterable[bytes]]
@@ -135,14 +137,14 @@ class PoolMiddleware:
         """The pool that is served. Raises ComponentLookupError when there is none yet."""
         if self._pool is None or (self._is_by_name and self._pool.closed):
             self._adopt(get_pool(self.name, self._registry))
-        pool: Any = self._pool
-        served: Pool = pool
-        return served
+        pool = self._pool
+        assert pool is not None
+        return pool
 
     def _adopt(self, pool: Pool) -> None:
         self._is_for_one_thread = isinstance(pool, SimpleConnectionPool)
         self._lease_class = _lease_class(pool)
-        settings: Any = getattr(pool, "settings", None)
+        settings: PoolSettings | None = getattr(pool, "settings", None)
         self._has_replica = bool(getattr(settings, "replica", ""))
         self._commits_at_once = getattr(settings, "autocommit", None) == "safe"
         self._pool = pool
@@ -218,7 +220,7 @@ class PoolMiddleware:
         before: object = None,
         original: WSGIEnvironment | None = None,
         begin_again: BeginAgain | None = None,
-        hook: Any = None,
+        hook: Callable[[Headers], Headers] | None = None,
     ) -> Iterable[bytes]:
         """Call the application with `lease`, and end that with the request.
 
@@ -296,7 +298,7 @@ class PoolMiddleware:
         if isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
             lease.fail_over(cause)
             raise error
-        pool: Any = lease.pool
+        pool = lease.pool
         if is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, cause)
             if IPoolManagement.providedBy(pool):
@@ -324,21 +326,21 @@ class PoolMiddleware:
     # The replica -----------------------------------------------------------------------------------------------------
 
     def _route(
-        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Any, before: object
+        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Pool, before: object
     ) -> Iterable[bytes]:
         """Serve a request from the pool's replica, if it may be read from, or else from the pool."""
-        settings: PoolSettings = pool.settings
+        settings = cast("ManagedPool", pool).settings
         seconds = settings.primary_after_write
         frame = sys._getframe()
 
         def serve(
-            is_write: Callable[[], bool], *, replica: Any = None, original: WSGIEnvironment | None = None
+            is_write: Callable[[], bool], *, replica: Pool | None = None, original: WSGIEnvironment | None = None
         ) -> Iterable[bytes]:
             lease: Lease = self._lease_class(pool, environ, frame)
             if replica is not None:
                 lease = self._lease_replica(environ, replica, lease, settings.replica)
 
-            def hook(headers: Any) -> Any:
+            def hook(headers: Headers) -> Headers:
                 wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
                 return with_write_cookie(headers, environ, seconds) if wrote else headers
 
@@ -355,7 +357,7 @@ class PoolMiddleware:
             _check_threads(replica, environ)
         return serve(lambda: False, replica=replica, original=dict(environ))
 
-    def _lease_replica(self, environ: WSGIEnvironment, replica: Any, primary: Lease, name: str) -> Lease:
+    def _lease_replica(self, environ: WSGIEnvironment, replica: Pool, primary: Lease, name: str) -> Lease:
         """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
         key = lease_keys[name]
         outer = environ.get(key)
@@ -364,9 +366,9 @@ class PoolMiddleware:
         reader = environ[key] = outer or _lease_class(replica)(replica, environ, primary.frame)
         return ReplicaLease(primary, reader, outer is None, environ)
 
-    def _find_replica(self, pool: Any, settings: PoolSettings) -> Any:
+    def _find_replica(self, pool: Pool, settings: PoolSettings) -> Pool | None:
         """Return the replica, or None when nobody should read there now."""
-        replica: Any = query_pool(settings.replica, self._registry)
+        replica = query_pool(settings.replica, self._registry)
         if replica is None:
             why = f"no pool is registered as {settings.replica!r}"
         elif replica is pool:
@@ -384,12 +386,12 @@ class PoolMiddleware:
         return None if why else replica
 
 
-def _lease_class(pool: Pool) -> Any:
+def _lease_class(pool: Pool) -> Callable[..., Lease]:
     if IPersistentConnectionPool.providedBy(pool):
         return ThreadLease
     return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
-def _check_threads(pool: Any, environ: WSGIEnvironment) -> None:
+def _check_threads(pool: Pool, environ: WSGIEnvironment) -> None:
     if isinstance(pool, SimpleConnectionPool) and environ.get("wsgi.multithread"):
         raise PoolError(f"{pool!r} is for one thread, this server runs several: use 'persistent' or 'threaded'")

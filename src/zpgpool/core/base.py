@@ -92,7 +92,7 @@ class AbstractConnectionPool(ManagedPool):
         self,
         minconn: int,
         maxconn: int,
-        *args: Any,
+        *args: object,
         idle_timeout: float | None = 0,
         open: bool = True,
         timer: MaintenanceTimer | None = process_timer,

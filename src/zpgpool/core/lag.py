@@ -19,6 +19,7 @@ from .timer import timer
 
 if TYPE_CHECKING:
     from ..types import ObservedPool
+    from ..types import Pool
 
 
 #: Between two looks, in seconds; up to a fifth less, at random, so that many processes do not look together.
@@ -126,7 +127,7 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-_lags: weakref.WeakKeyDictionary[ObservedPool, Lag] = weakref.WeakKeyDictionary()
+_lags: weakref.WeakKeyDictionary[Pool, Lag] = weakref.WeakKeyDictionary()
 
 
 def watch(pool: ObservedPool) -> Lag:
@@ -139,6 +140,6 @@ def watch(pool: ObservedPool) -> Lag:
     return lag
 
 
-def lag_of(pool: ObservedPool) -> Lag | None:
+def lag_of(pool: Pool) -> Lag | None:
     """Return the lag of `pool`; None if no pool uses it as its replica."""
     return _lags.get(pool)

@@ -5,7 +5,6 @@ Django closes its connection at the end of each request, which here returns it t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain
 from itertools import count
@@ -24,6 +23,7 @@ from ..errors import SettingError
 from ..registry import query_pool
 from ..registry import register_pool
 from ..registry import unregister_pool
+from ..settings import Options
 from ..settings import read_options
 from ..settings import TABLE
 from . import Unavailable
@@ -36,7 +36,7 @@ if is_psycopg3:
     )
 
 #: The pools of this process, by what tells their connections apart.
-_pools: dict[Any, ThreadedConnectionPool] = {}
+_pools: dict[tuple[object, ...], ThreadedConnectionPool] = {}
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
@@ -54,7 +54,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
     #: Where it came from, and goes back to.
     _source: ThreadedConnectionPool | None = None
 
-    def __init__(self, settings_dict: dict[str, Any], alias: str = DEFAULT_DB_ALIAS) -> None:
+    def __init__(self, settings_dict: Options, alias: str = DEFAULT_DB_ALIAS) -> None:
         super().__init__(settings_dict, alias)
         if settings_dict.get("CONN_MAX_AGE", 0) != 0:
             raise ImproperlyConfigured(
@@ -96,13 +96,13 @@ class DatabaseWrapper(base.DatabaseWrapper):
         """Give the connection the time zone that is wanted now; another one gets it when it comes from the pool."""
         return self.connection is not None and bool(self._configure_timezone(self.connection))
 
-    def get_connection_params(self) -> dict[str, Any]:
+    def get_connection_params(self) -> Options:
         """Return what `psycopg2.connect()` takes."""
-        parameters: dict[str, Any] = super().get_connection_params()
+        parameters: Options = super().get_connection_params()
         parameters.pop("zpgpool", None)
         return parameters
 
-    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+    def get_new_connection(self, conn_params: Options) -> Any:
         """Return a connection of the pool. Raises Unavailable when there is none."""
         self._source = None  # Django may have forgotten a connection without closing it
         self._source = self.pool
@@ -150,7 +150,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
                     register_pool(made, made.name)
         return found
 
-    def _make_pool(self, parameters: dict[str, Any], own: Mapping[str, Any]) -> ThreadedConnectionPool:
+    def _make_pool(self, parameters: Options, own: Options) -> ThreadedConnectionPool:
         try:
             if misplaced := sorted(TABLE.keys() & parameters.keys()):
                 raise SettingError(f"option {misplaced[0]!r} belongs into OPTIONS['zpgpool']")
@@ -182,9 +182,9 @@ def _free_name(name: str) -> str:
     return next(each for each in chain([name], (f"{name}-{n}" for n in count(2))) if query_pool(each) is None)
 
 
-def _database_of(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+def _database_of(parameters: Options) -> tuple[object, ...]:
     return tuple(parameters.get(name) for name in ("service", "host", "port", "dbname"))
 
 
-def _freeze(options: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+def _freeze(options: Options) -> frozenset[tuple[str, object]]:
     return frozenset(options.items())

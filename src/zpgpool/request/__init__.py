@@ -21,12 +21,14 @@ from .replica import is_safe
 from .replica import may_succeed_on_primary
 from .replica import ReplicaLease
 from .replica import with_write_cookie
+from .response import Headers
 from .response import HeldResponse
 from .shared import SharedCheckout
 
 
 __all__ = [
     "Disconnects",
+    "Headers",
     "HeldResponse",
     "KeyedLease",
     "Lease",

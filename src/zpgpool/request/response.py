@@ -6,8 +6,8 @@ PEP 3333, "The start_response() Callable". A server need not support a second ca
 
 from __future__ import annotations
 
-from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse
 
-    Headers = list[tuple[str, str]]
+
+Headers: TypeAlias = list[tuple[str, str]]
 
 
 class HeldResponse:
@@ -33,7 +34,7 @@ class HeldResponse:
     is_sent = False
     _write: Callable[[bytes], object] | None = None
 
-    def __call__(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[[bytes], object]:
+    def __call__(self, status: str, headers: Headers, exc_info: object = None) -> Callable[[bytes], object]:
         if self.is_sent:
             # The server knows what it has sent, and raises, or replaces what it has not.
             return self.start_response(status, headers, *(() if exc_info is None else (exc_info,)))
