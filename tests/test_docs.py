@@ -12,6 +12,7 @@ import ast
 import configparser
 import gc
 import html
+import io
 import os
 import re
 import signal
@@ -35,6 +36,7 @@ import psycopg2
 import pytest
 import transaction
 from benchmarks.harness import free_port
+from readme_renderer import rst
 from zope.component import getGlobalSiteManager
 from zope.interface.interface import InterfaceClass
 
@@ -580,8 +582,7 @@ def test_the_readme_says_what_others_do(dsn: str, outside: Any) -> None:
                 gc.collect()
         rows.append(row)
     outside.query("DROP TABLE beside_docs")
-    lines = [f"   {' ' if number else '*'} - {cell}".rstrip() for row in rows for number, cell in enumerate(row)]
-    table = "\n".join(lines)
+    table = "\n".join("   " + ", ".join(f'"{cell}"' for cell in row) for row in rows)
     assert table in (ROOT / "README.rst").read_text(), f"\n{table}"
 
 
@@ -710,10 +711,20 @@ def test_every_message_is_on_its_page(built: dict[str, str]) -> None:
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
-    text = (ROOT / "README.rst").read_text()
-    names = re.findall(r"<(docs/[^>]+)>`_|image:: (\S+)", text)
+    names = re.findall(r"https://[^ >]+/zpgpool/(?:blob/)?main/([^ >\n]+)", (ROOT / "README.rst").read_text())
     assert len(names) > 10
-    nothing_is_missing([name for pair in names for name in pair if name and not (ROOT / name).exists()])
+    nothing_is_missing([name for name in names if not (ROOT / name).exists()])
+
+
+def test_the_readme_reads_right_on_the_package_index() -> None:
+    """There are neither our files nor Sphinx's directives."""
+    text = (ROOT / "README.rst").read_text()
+    warnings = io.StringIO()
+    html = rst.render(text, stream=warnings)
+    assert html is not None, warnings.getvalue()
+    assert "Is it for you?" in html
+    assert re.findall(r'(?:href|src)="(?!https://|#)', html) == []
+    assert len(text.splitlines()) <= 110
 
 
 def test_configurations_in_the_readme_have_ten_lines_at_most() -> None:
