@@ -67,7 +67,9 @@ ORDER = {
         *["timer", "watchdog", "users", "management", "base", "pools", "lag"],
     ],
     "request": ["response", "shared", "lease", "replica", "failures", "body", "disconnects"],
-    "monitor": ["history", "snapshot", "page", "top"],
+    "monitor": [
+        *["history", "snapshot", "counters", "folder", "past", "ask", "process", "site", "share", "page", "top"],
+    ],
 }
 
 #: A command imports its module whole, because other commands shall not.

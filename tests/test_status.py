@@ -695,7 +695,7 @@ class TestPaste:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("tokn = x", "unknown option 'tokn' (known: loopback, show_sql, token)"),
+            ("tokn = x", "unknown option 'tokn' (known: loopback, share, show_sql, token)"),
             ("loopback = no", "option 'loopback': expected true where no token is given: nobody could see the page"),
             ("loopback = perhaps", "option 'loopback': expected true or false"),
             ("show_sql = maybe", "option 'show_sql': expected true or false"),

@@ -19,8 +19,12 @@ from zope.interface.registry import Components
 from .core import lag_of
 from .monitor import begin
 from .monitor import BOUNDS
+from .monitor import COUNTERS
 from .monitor import history_of
 from .monitor import list_pools
+from .monitor import read
+from .monitor import Reading
+from .monitor import Share
 
 
 if TYPE_CHECKING:
@@ -39,8 +43,12 @@ class Number(NamedTuple):
     name: str
     unit: str
     help: str
-    read: Callable[[Any, dict[str, int]], Any]
+    read: Callable[[Reading], Any]
     is_counter: bool = False
+
+
+def _gauge(name: str) -> Callable[[Reading], Any]:
+    return lambda reading: reading["gauges"].get(name, 0)  # none of a pool that only ended processes had
 
 
 NUMBERS = (
@@ -48,19 +56,16 @@ NUMBERS = (
         "count",
         "{connection}",
         "The connections that are in that state",
-        lambda pool, stats: {
-            "used": max(0, stats["pool_size"] - stats["pool_available"]),
-            "idle": stats["pool_available"],
-        },
+        lambda reading: {state: reading["gauges"].get(state, 0) for state in ("used", "idle")},
     ),
-    Number("max", "{connection}", "The most connections that may be open", lambda pool, stats: stats["pool_max"]),
-    Number("idle.min", "{connection}", "The connections that are kept open", lambda pool, stats: stats["pool_min"]),
-    Number("pending_requests", "{request}", "Who waits now", lambda pool, stats: stats["requests_waiting"]),
+    Number("max", "{connection}", "The most connections that may be open", _gauge("max")),
+    Number("idle.min", "{connection}", "The connections that are kept open", _gauge("idle.min")),
+    Number("pending_requests", "{request}", "Who waits now", _gauge("pending_requests")),
     Number(
         "timeouts",
         "{timeout}",
         "Who waited as long as the timeout allows, and got none",
-        lambda pool, stats: history_of(pool).timeouts,
+        lambda reading: reading["counters"].get("timeouts", 0),
         is_counter=True,
     ),
 )
@@ -70,17 +75,6 @@ TIMES = {
     "wait_time": "How long those waited who had to wait",
     "use_time": "The time between getting a connection and putting it away",
 }
-
-#: The pools' own counters, which the conventions have no names for.
-COUNTERS = (
-    "requests_num",
-    "requests_queued",
-    "requests_errors",
-    "returns_bad",
-    "connections_num",
-    "connections_errors",
-    "connections_lost",
-)
 
 
 class PoolCollector:
@@ -99,39 +93,53 @@ class PoolCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of all registered pools."""
-        pools = [(name, pool, pool.get_stats()) for name, pool in list_pools(self._registry)]
+        pools = self._read()
         for number in NUMBERS:
             yield self._number(number, pools)
         for counter in COUNTERS:
             family = self._core.CounterMetricFamily(f"zpgpool_{counter}", f"See get_stats(): {counter}", labels=LABELS)
-            for name, _, stats in pools:
-                family.add_metric([name], stats[counter])
+            for name, reading in pools:
+                family.add_metric([name], reading["counters"].get(counter, 0))
             yield family
         for time, help in TIMES.items():
             yield self._times(time, help, pools)
         lags = self._core.GaugeMetricFamily(f"{LAG.replace('.', '_')}_seconds", LAG_HELP, labels=LABELS)
-        for name, pool, _ in pools:
-            if (lag := lag_of(pool)) is not None and lag.seconds is not None:
-                lags.add_metric([name], lag.seconds)
+        for name, reading in pools:
+            if "lag" in reading["gauges"]:
+                lags.add_metric([name], reading["gauges"]["lag"])
         yield lags
 
-    def _number(self, number: Number, pools: Iterable[tuple[str, Any, dict[str, int]]]) -> Metric:
+    def _read(self) -> list[tuple[str, Reading]]:
+        return [(name, read(pool)) for name, pool in list_pools(self._registry)]
+
+    def _number(self, number: Number, pools: Iterable[tuple[str, Reading]]) -> Metric:
         family = self._core.CounterMetricFamily if number.is_counter else self._core.GaugeMetricFamily
         has_states = number.name == "count"
         metric = family(_underscored(number.name), number.help, labels=[*LABELS, "state"] if has_states else LABELS)
-        for name, pool, stats in pools:
-            value = number.read(pool, stats)
+        for name, reading in pools:
+            value = number.read(reading)
             for labels, each in [([state], each) for state, each in value.items()] if has_states else [([], value)]:
                 metric.add_metric([name, *labels], each)
         return metric
 
-    def _times(self, time: str, help: str, pools: Iterable[tuple[str, Any, dict[str, int]]]) -> Metric:
+    def _times(self, time: str, help: str, pools: Iterable[tuple[str, Reading]]) -> Metric:
         metric = self._core.HistogramMetricFamily(f"{_underscored(time)}_seconds", help, labels=LABELS)
-        for name, pool, _ in pools:
-            counts, total = history_of(pool).times[time].read()
+        for name, reading in pools:
+            counts, total = reading["times"].get(time, ([0] * (len(BOUNDS) + 1), 0.0))
             buckets = zip([*map(str, BOUNDS), "+Inf"], accumulate(counts), strict=True)
             metric.add_metric([name], list(buckets), total)
         return metric
+
+
+class SiteCollector(PoolCollector):
+    """The same of a site of several processes, which share a folder."""
+
+    def __init__(self, share: Share) -> None:
+        super().__init__()
+        self._share = share
+
+    def _read(self) -> list[tuple[str, Reading]]:
+        return sorted(self._share.numbers().items())
 
 
 LABELS = ["pool_name"]
@@ -166,7 +174,7 @@ def instrument(meter_provider: MeterProvider | None = None, registry: Components
                 # Here, and not when they are measured: that may be in the middle of the garbage collector.
                 for time, seconds in history_of(pool).drain():
                     histograms[time].record(seconds, attributes)
-                value = number.read(pool, pool.get_stats())
+                value = number.read(read(pool))
                 for state, each in value.items() if isinstance(value, dict) else [(None, value)]:
                     yield Observation(each, {**attributes, f"{PREFIX}state": state} if state else attributes)
 

@@ -42,7 +42,7 @@ FILTER_OPTIONS = {
 
 KNOWN = {*FILTER_OPTIONS, *TABLE, "dsn"}
 
-STATUS_OPTIONS = {"loopback", "show_sql", "token"}
+STATUS_OPTIONS = {"loopback", "share", "show_sql", "token"}
 
 PREFIX = "zpgpool."
 
@@ -63,7 +63,8 @@ def filter_app_factory(app: WSGIApplication, global_conf: Mapping[str, str], **l
 def status_app_factory(global_conf: Mapping[str, str], **local_conf: str) -> StatusApp:
     """Return the status page (PasteDeploy's `paste.app_factory`): see `StatusApp`.
 
-    Its options: `loopback`, `show_sql`, and `token`, which must be `ENV:NAME`: others read what stands in a file.
+    Its options: `loopback`, `share`, `show_sql`, and `token`, which must be `ENV:NAME`: others read what stands in a
+    file.
     Raises SettingError for what is unknown or cannot be, naming the option and the file.
     """
     with _naming("zpgpool status", global_conf):
@@ -74,15 +75,24 @@ def status_app_factory(global_conf: Mapping[str, str], **local_conf: str) -> Sta
             token=_read_token(options["token"]) if "token" in options else None,
             show_sql=convert_with(flag, "show_sql", options.get("show_sql", "false")),
             loopback=convert_with(flag, "loopback", options.get("loopback", "true")),
+            share=_read_folder(options["share"]) if "share" in options else None,
         )
 
 
 def _read_token(where: str) -> str:
-    name = where.removeprefix("ENV:").strip()
     if not where.startswith("ENV:"):
         raise SettingError("option 'token': expected ENV:NAME, a variable of the environment that has it")
+    return _read_variable("token", where)
+
+
+def _read_folder(where: str) -> str:
+    return _read_variable("share", where) if where.startswith("ENV:") else where
+
+
+def _read_variable(option: str, where: str) -> str:
+    name = where.removeprefix("ENV:").strip()
     if not os.environ.get(name):
-        raise SettingError(f"option 'token': the environment has no variable {name!r}")
+        raise SettingError(f"option {option!r}: the environment has no variable {name!r}")
     return os.environ[name]
 
 

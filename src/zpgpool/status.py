@@ -8,14 +8,19 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import os
+import socket
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 from time import monotonic
 from typing import Any
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
 from urllib.parse import quote
 
 from webob import Request
@@ -23,11 +28,21 @@ from webob import Response
 from zope.interface.registry import Components
 
 from .monitor import begin
+from .monitor import describe
 from .monitor import draw
+from .monitor import draw_site
+from .monitor import Folder
 from .monitor import history_of
+from .monitor import join_server
 from .monitor import list_pools
-from .monitor import take
+from .monitor import merge
+from .monitor import name_blockers
+from .monitor import only
+from .monitor import Share
+from .monitor import time_of_day
 from .monitor import title
+from .monitor import total
+from .monitor import VERSION
 from .settings import SettingError
 
 
@@ -63,6 +78,8 @@ class StatusApp:
         everybody look local.
     show_sql -- with the text of the queries that run.
     registry -- where the pools are registered; by default the global registry.
+    share -- a folder by which the processes of a site find each other: the page, the JSON and the metrics are of all of
+        them, whichever answers. It belongs to the site's user, and nobody else can write to it.
 
     Raises SettingError when nobody could see it.
     """
@@ -73,6 +90,7 @@ class StatusApp:
         show_sql: bool = False,
         registry: Components | None = None,
         loopback: bool = True,
+        share: str | None = None,
     ) -> None:
         if not loopback and not token:
             raise SettingError("option 'loopback': expected true where no token is given: nobody could see the page")
@@ -83,12 +101,17 @@ class StatusApp:
         self._is_loopback_open = loopback
         self._show_sql = show_sql
         self._registry = registry
-        self._metrics = _exposition(registry)
+        self._share = None if share is None else _share(share, registry)
+        self._metrics = _exposition(registry, self._share)
         begin()
         for _, pool in list_pools(registry):
             history_of(pool)
+        if self._share is not None:
+            self._share.start()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if self._share is not None:
+            self._share.start()
         response = self._answer(environ)
         for name, value in HEADERS.items():
             response.headers[name] = value
@@ -122,21 +145,53 @@ class StatusApp:
         offers = Request(environ).accept.acceptable_offers(["text/html", "application/json"])
         if offers and offers[0][0] == "application/json":
             return self._json(environ)
-        snapshot = self._take()
+        snapshot = self._take(environ)
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         links = f' · <a href="{root}/metrics">Metrics</a>' if self._metrics else ""
-        text = self._page.substitute(title=title(snapshot), root=root, links=links, main=draw(snapshot))
+        main = draw(snapshot) if self._share is None else draw_site(snapshot)
+        text = self._page.substitute(title=title(snapshot), root=root, links=links, main=main)
         return Response(text, content_type="text/html", charset="utf-8", vary="Accept")
 
     def _json(self, environ: WSGIEnvironment) -> Response:
-        return Response(json.dumps(self._take()).encode(), content_type="application/json", vary="Accept")
+        return Response(json.dumps(self._take(environ)).encode(), content_type="application/json", vary="Accept")
 
     def _file(self, environ: WSGIEnvironment) -> Response:
         path = environ["PATH_INFO"]
         return Response(self._static[path], content_type=STATIC[path], charset="utf-8")
 
-    def _take(self) -> dict[str, Any]:
-        return take(list_pools(self._registry), monotonic(), self._show_sql)
+    def _take(self, environ: WSGIEnvironment) -> dict[str, Any]:
+        """Return the snapshot: of this process, or of the site; of one process, or one path of it, if that is asked."""
+        pools, host = list_pools(self._registry), socket.gethostname()
+        silent: list[tuple[int, str, str]] = []
+        if self._share is None:
+            seen = [describe(name, pool, monotonic()) for name, pool in pools]
+            told = [{"process": os.getpid(), "host": host, "zpgpool": version("zpgpool"), "pools": seen}]
+        else:
+            told, silent = self._share.snapshots()
+        wanted = dict(parse_qsl(environ.get("QUERY_STRING", ""), errors="replace"))
+        site = merge(told, silent)
+        join_server(site["pools"], [dict(pools).get(pool["name"]) for pool in site["pools"]], self._show_sql)
+        name_blockers(site["pools"])
+        process = wanted.get("process", "")
+        if process:  # after that: it may wait for a backend of another process
+            site = merge(
+                (each for each in told if str(each["process"]) == process),
+                (each for each in silent if str(each[0]) == process),
+            )
+        snapshot = {"version": VERSION, "at": time_of_day(), "process": os.getpid(), "host": host}
+        return only({**snapshot, "asked": {"process": process, "path": wanted.get("path", "")}, **total(site), **site})
+
+
+#: One for each folder and registry: two pages of one process must not count its pools twice.
+_shares: dict[tuple[str, Components | None], Share] = {}
+
+
+def _share(path: str, registry: Components | None) -> Share:
+    folder = Folder(path)
+    key = (folder.path, registry)
+    if key not in _shares:
+        _shares[key] = Share(folder, partial(list_pools, registry))
+    return _shares[key]
 
 
 def _is_loopback(address: str) -> bool:
@@ -153,7 +208,7 @@ def _is_local(host: str) -> bool:
     return name.lower() == "localhost" or _is_loopback(name)
 
 
-def _exposition(registry: Components | None) -> Any:
+def _exposition(registry: Components | None, share: Share | None) -> Any:
     """Return what answers `/metrics`, or None without the extra `metrics`."""
     try:
         from prometheus_client import CollectorRegistry
@@ -162,12 +217,17 @@ def _exposition(registry: Components | None) -> Any:
     except ImportError:
         return None
     from .metrics import PoolCollector
+    from .metrics import SiteCollector
 
     collectors = CollectorRegistry()
-    collectors.register(PoolCollector(registry))
+    collectors.register(PoolCollector(registry) if share is None else SiteCollector(share))
 
     def answer(environ: WSGIEnvironment) -> Response:
-        response = Response(generate_latest(collectors))
+        try:
+            response = Response(generate_latest(collectors))
+        except OSError as error:  # less than what was shown before would be taken for a restart
+            text = f"The counters cannot be read: {error.strerror or error}\n"
+            return Response(text, status=503, content_type="text/plain", charset="utf-8")
         response.headers["Content-Type"] = CONTENT_TYPE_LATEST
         return response
 

@@ -1,12 +1,46 @@
 """What is to be seen of pools: what doors may import of it. It imports from `core` and the leaves only."""
 
+from .counters import COUNTERS
+from .counters import read
+from .counters import Reading
+from .folder import Folder
 from .history import begin
 from .history import BOUNDS
 from .history import history_of
 from .page import draw
+from .page import draw_site
 from .page import title
+from .share import Share
+from .site import merge
+from .site import name_blockers
+from .site import only
+from .site import total
+from .site import VERSION
+from .snapshot import describe
+from .snapshot import join_server
 from .snapshot import list_pools
-from .snapshot import take
+from .snapshot import time_of_day
 
 
-__all__ = ["BOUNDS", "begin", "draw", "history_of", "list_pools", "take", "title"]
+__all__ = [
+    "BOUNDS",
+    "COUNTERS",
+    "VERSION",
+    "Folder",
+    "Reading",
+    "Share",
+    "begin",
+    "describe",
+    "draw",
+    "draw_site",
+    "history_of",
+    "join_server",
+    "list_pools",
+    "merge",
+    "name_blockers",
+    "only",
+    "read",
+    "time_of_day",
+    "title",
+    "total",
+]

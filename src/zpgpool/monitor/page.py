@@ -32,6 +32,51 @@ def draw(snapshot: dict[str, Any]) -> str:
     )
 
 
+def draw_site(snapshot: dict[str, Any]) -> str:
+    """Return the same for a site of several processes, with a table of them at the top."""
+    asked, processes = snapshot["asked"], snapshot["processes"]
+    note = " and ".join(
+        words
+        for words in (
+            f"process {asked['process']}" if asked["process"] else "",
+            f"requests whose path begins with {asked['path']}" if asked["path"] else "",
+        )
+        if words
+    )
+    chosen = f'<p class="note">Only {_e(note)}. <a href="?">Show all</a></p>\n' if note else ""
+    pools = "\n".join(_pool(pool, number, has_process=True) for number, pool in enumerate(snapshot["pools"]))
+    when = snapshot["at"].replace("T", " ").replace("+00:00", " UTC")
+    return f"""<section aria-labelledby="site">
+<h2 id="site">The site <small>{len(processes)} processes</small></h2>
+<p class="verdict {"bad" if snapshot["waiting"] else "good"}">{_e(sums(snapshot))}</p>
+{chosen}{_table("No process answers.", map(_process, processes))}
+</section>
+{pools or "<p>No pool is registered.</p>"}
+<footer>Process {snapshot["process"]} has asked at {_e(when)}.</footer>"""
+
+
+def sums(snapshot: dict[str, Any]) -> str:
+    """Return the sums of a site in one sentence."""
+    waiting, longest = snapshot["waiting"], snapshot["longest_wait"]
+    waits = f"{waiting} wait, the longest for {seconds(longest)}" if waiting else "nobody waits"
+    return (
+        f"{snapshot['used']} in use, {snapshot['idle']} idle: {snapshot['open']} open of {snapshot['max']} at most; "
+        f"{waits}."
+    )
+
+
+def _process(process: dict[str, Any]) -> Row:
+    number = process["process"]
+    how = process["trouble"] or ("not as the others" if process["is_odd"] else "answers")
+    return (
+        ("Process", f'<a href="?process={number}">{number}</a>{_more(process["host"])}'),
+        ("Open", "" if process["trouble"] else f"{process['used']} in use, {process['idle']} idle"),
+        ("At most", "" if process["trouble"] else str(process["max"])),
+        ("Waiting", f"{process['waiting']}, for {seconds(process['longest_wait'])}" if process["waiting"] else ""),
+        ("How it is", f'<span class="{"warn" if process["is_odd"] else "good"}">{_e(how)}</span>'),
+    )
+
+
 def title(snapshot: dict[str, Any]) -> str:
     """Return the page's title: what somebody should see in a tab."""
     waiting = sum(pool["waiting"] for pool in snapshot["pools"])
@@ -71,7 +116,7 @@ def seconds(number: float) -> str:
     return f"{number:.1f} s" if number >= 0.1 or number == 0 else f"{number * 1000:.0f} ms"
 
 
-def _pool(pool: dict[str, Any], number: int) -> str:
+def _pool(pool: dict[str, Any], number: int, has_process: bool = False) -> str:
     mood, words = verdict(pool)
     name = _e(pool["name"]) if pool["name"] else "Unnamed pool"
     note = f'<p class="note">Without what the server says: {_e(pool["server_note"])}</p>' if pool["server_note"] else ""
@@ -81,9 +126,9 @@ def _pool(pool: dict[str, Any], number: int) -> str:
 <p class="verdict {mood}">{_e(words)}</p>
 <div class="charts">{_charts(pool)}</div>
 {_lag(pool["lag"])}<h3>Who holds a connection</h3>
-{note}{_table("Nobody.", map(_holder, pool["holders"]))}
+{note}{_table("Nobody.", (_holder(each, has_process) for each in pool["holders"]))}
 <h3>Who waits for one</h3>
-{_table("Nobody.", map(_waiter, pool["waiters"]))}
+{_table("Nobody.", (_waiter(each, has_process) for each in pool["waiters"]))}
 <h3>What happened</h3>
 {_table("Nothing worth telling.", map(_tale, pool["incidents"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
@@ -119,9 +164,28 @@ def _cell(label: str, content: str) -> str:
     return f'<td role="cell" data-label="{label}"{" class=seconds" if label == "For" else ""}>{content}</td>'
 
 
-def _holder(holder: dict[str, Any]) -> Row:
+def blockers(server: dict[str, Any]) -> str:
+    """Return the backends that one waits for, and who they are, as far as that is known."""
+    known = {each["backend_pid"]: each for each in server.get("blockers", ())}
+    shown = []
+    for pid in server["blocked_by"]:
+        who = known.get(pid)
+        shown.append(
+            f"backend {pid}"
+            if who is None
+            else f"backend {pid}, which is {who['request'] or who['thread']} in process {who['process']}"
+        )
+    return ", ".join(shown)
+
+
+def _in_process(each: dict[str, Any], has_process: bool) -> Row:
+    return (("Process", str(each["process"])),) if has_process else ()
+
+
+def _holder(holder: dict[str, Any], has_process: bool) -> Row:
     return (
         ("For", seconds(holder["seconds"])),
+        *_in_process(holder, has_process),
         ("Request", f"<code>{_e(holder['request'])}</code>" if holder["request"] else ""),
         ("Thread", _e(holder["thread"])),
         ("Connection", f"<span>{_e(holder['status'])}</span>{_more('backend ' + str(holder['backend_pid'] or '?'))}"),
@@ -136,7 +200,7 @@ def _server(server: dict[str, Any] | None) -> str:
     running = f" for {seconds(server['seconds'])}" if server["state"] == "active" and server["seconds"] else ""
     lines = [f"<span>{_e(server['state'] or 'unknown')}{running}</span>"]
     if server["blocked_by"]:
-        lines.append(_more(f"waits for a lock of backend {', '.join(map(str, server['blocked_by']))}"))
+        lines.append(_more(f"waits for a lock of {blockers(server)}"))
     elif server["wait_event"]:
         lines.append(_more(f"waits: {server['wait_event_type']}, {server['wait_event']}"))
     if server["application_name"]:
@@ -146,9 +210,10 @@ def _server(server: dict[str, Any] | None) -> str:
     return "".join(lines)
 
 
-def _waiter(waiter: dict[str, Any]) -> Row:
+def _waiter(waiter: dict[str, Any], has_process: bool) -> Row:
     return (
         ("For", seconds(waiter["seconds"])),
+        *_in_process(waiter, has_process),
         ("Request", f"<code>{_e(waiter['request'])}</code>" if waiter["request"] else ""),
         ("Thread", _e(waiter["thread"])),
     )

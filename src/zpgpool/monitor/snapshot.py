@@ -63,26 +63,30 @@ def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -
 
     show_sql -- with the text of the queries that the holders run.
     """
-    until = monotonic() + LOOK
-    return {
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "process": os.getpid(),
-        "pools": [_take(name, pool, now, until, show_sql) for name, pool in pools],
-    }
+    pools = list(pools)
+    seen = [describe(name, pool, now) for name, pool in pools]
+    join_server(seen, [pool for _, pool in pools], show_sql)
+    return {"at": time_of_day(), "process": os.getpid(), "pools": seen}
 
 
-def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dict[str, Any]:
+def time_of_day() -> str:
+    """Return what time it is, for a snapshot."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def describe(name: str, pool: Any, now: float) -> dict[str, Any]:
+    """Return what is to be seen of a pool without asking its server: each holder's `server` is None."""
     history = history_of(pool)
     history.maintain(now)
     stats = pool.get_stats()
     holders = [_plain(holder, IHolder) for holder in pool.holders()] if IPoolManagement.providedBy(pool) else []
+    for holder in holders:
+        holder["server"] = None
     waiters = [_plain(waiter, IWaiter) for waiter in waiters_of(pool)]
     for each in (*holders, *waiters):
         each.update({key: readable(value) for key, value in each.items() if isinstance(value, str)})
     lag = None if pool.closed else lag_of(pool)
-    asks_server = not pool.closed and IPoolInternals.providedBy(pool)
-    error = pool.last_connect_error if asks_server else None
-    server_note = "" if not asks_server else _join_server(pool, holders, until, show_sql)
+    error = pool.last_connect_error if _has_server(pool) else None
     return {
         "name": readable(name),
         "kind": type(pool).__name__,
@@ -95,7 +99,7 @@ def _take(name: str, pool: Any, now: float, until: float, show_sql: bool) -> dic
         "waiting": len(waiters),
         "last_connect_error": readable(pool.scrub(one_line(error))) if error else "",
         "outage_seconds": pool.outage_seconds if not pool.closed and IPoolManagement.providedBy(pool) else None,
-        "server_note": server_note,
+        "server_note": "",
         "lag": lag and {**(shown := lag.show(now)), "trouble": readable(str(shown["trouble"]))},
         "holders": sorted(holders, key=lambda each: -each["seconds"]),
         "waiters": waiters,
@@ -131,17 +135,29 @@ def readable(text: str, most: int = LONGEST) -> str:
 # The server ----------------------------------------------------------------------------------------------------------
 
 
-def _join_server(pool: Any, holders: list[dict[str, Any]], until: float, show_sql: bool) -> str:
-    """Add to each holder what the server says of its backend, as `server`; return why that is missing, if it is."""
-    found, note = {}, ""
-    if pids := [holder["backend_pid"] for holder in holders if holder["backend_pid"]]:
+def _has_server(pool: Any) -> bool:
+    return not pool.closed and IPoolInternals.providedBy(pool)
+
+
+def join_server(seen: Iterable[dict[str, Any]], pools: Iterable[Any], show_sql: bool = False) -> None:
+    """Add to each holder what the server says of its backend, or to the pool's `server_note` why that is missing.
+
+    pools -- for each of `seen` the pool whose server is asked; None where there is no such pool here.
+    """
+    until = monotonic() + LOOK
+    for each, pool in zip(seen, pools, strict=True):
+        pids = [holder["backend_pid"] for holder in each["holders"] if holder["backend_pid"]]
+        if not pids or (pool is not None and not _has_server(pool)):
+            continue
         try:
+            if pool is None:
+                raise NoAnswer("the process that was asked has no such pool")
             found = ask_server(pool, pids, until, show_sql)
         except NoAnswer as error:
-            note = readable(str(error))
-    for holder in holders:
-        holder["server"] = found.get(holder["backend_pid"])
-    return note
+            each["server_note"] = readable(str(error))
+        else:
+            for holder in each["holders"]:
+                holder["server"] = found.get(holder["backend_pid"])
 
 
 def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = False) -> dict[int, dict[str, Any]]:
