@@ -115,7 +115,7 @@ class TestOnce:
             "behind the primary: 2.5 s",
             "server gone (3)",
             "without what the server says: it is silent",
-            "7 active Lock/advisory blocked by [8]",
+            "7 active Lock/advisory blocked by backend 8",
             " ▁▂▃▄▅▆▇█",
         ):
             assert each in text

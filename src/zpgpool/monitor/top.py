@@ -1,4 +1,4 @@
-"""`zpgpool top`: the status page of a process in the terminal, live."""
+"""`zpgpool top`: the status page in the terminal, live; or all processes that share a folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -18,9 +20,18 @@ from urllib.request import HTTPRedirectHandler
 from urllib.request import Request
 
 from ..errors import CommandError
+from ..errors import SettingError
+from .ask import ask_all
+from .folder import Folder
+from .page import blockers
 from .page import seconds
+from .page import sums
 from .page import verdict
+from .share import sort_out
+from .site import merge
+from .site import total
 from .snapshot import readable
+from .snapshot import time_of_day
 
 
 if TYPE_CHECKING:
@@ -53,24 +64,46 @@ def top(args: argparse.Namespace) -> None:
         from rich.live import Live
     except ImportError:
         raise CommandError("rich is missing: pip install 'zpgpool[cli]'") from None
-    request = _request(args.url, args.token)
+    look = _look(args.url, args.token)
     console = Console()
     if args.once:
-        console.print(draw(fetch(request)))
+        console.print(draw(look()))
         return
-    frame = draw(fetch(request))
+    frame = draw(look())
     try:
         with Live(frame, console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(args.every)
                 try:
-                    frame = draw(fetch(request))
+                    frame = draw(look())
                 except CommandError as error:
                     live.update(_failed(str(error), frame), refresh=True)
                 else:
                     live.update(frame, refresh=True)
     except KeyboardInterrupt:
         pass
+
+
+def _look(where: str, token: str | None) -> Callable[[], dict[str, Any]]:
+    """Return what returns a snapshot: of a status page, or of the processes that share a folder."""
+    if "://" in where or not (os.path.isdir(where) or os.sep in where):
+        return partial(fetch, _request(where, token))
+    try:
+        return partial(ask_folder, Folder(where))
+    except SettingError as error:
+        raise CommandError(str(error).partition(": ")[2]) from None
+
+
+def ask_folder(folder: Folder) -> dict[str, Any]:
+    """Return the snapshot of a site, without what the server says: this command has no connection to it."""
+    try:
+        told, silent = sort_out(ask_all(folder, "pools"))
+    except OSError as error:
+        raise CommandError(f"no answer: {error}") from None
+    if not told and not silent:
+        raise CommandError("nobody answers in that folder: does a site run that shares it?")
+    site = _clean(merge(told, silent))
+    return {"at": time_of_day(), "process": os.getpid(), **total(site), **site}
 
 
 def _request(url: str, token: str | None) -> Request:
@@ -126,7 +159,26 @@ def draw(snapshot: dict[str, Any]) -> Group:
     except (TypeError, KeyError, AttributeError):
         raise CommandError("what answers there is no status page of zpgpool, or of another version") from None
     head = Text(f"process {snapshot.get('process')} at {snapshot.get('at')}", style="dim")
-    return Group(head, *(parts or [Text("No pool is registered.")]))
+    return Group(head, *_site(snapshot), *(parts or [Text("No pool is registered.")]))
+
+
+def _site(snapshot: dict[str, Any]) -> Iterator[Any]:
+    """Yield the processes of a site, where there are several."""
+    from rich.text import Text
+
+    processes = snapshot.get("processes")
+    if not isinstance(processes, list) or len(processes) < 2:
+        return
+    try:
+        yield Text(sums(snapshot), style=COLOURS["bad" if snapshot["waiting"] else "good"])
+        yield _table(("process", "host", "in use", "idle", "most", "waiting", "how"), map(_process, processes))
+    except (TypeError, KeyError, AttributeError):
+        raise CommandError("what answers there is no status page of zpgpool, or of another version") from None
+
+
+def _process(process: dict[str, Any]) -> tuple[str, ...]:
+    numbers = [process[key] for key in ("process", "host", "used", "idle", "max", "waiting")]
+    return *map(str, numbers), process["trouble"] or ("not as the others" if process["is_odd"] else "answers")
 
 
 def _failed(error: str, frame: Group) -> Group:
@@ -152,9 +204,11 @@ def _pool(pool: dict[str, Any]) -> Iterator[Any]:
     if pool["server_note"]:
         yield Text(f"without what the server says: {pool['server_note']}", style="yellow")
     if pool["holders"]:
-        yield _table(("held for", "request", "connection", "server", "at line"), map(_holder, pool["holders"]))
+        yield _table(
+            ("held for", "process", "request", "connection", "server", "at line"), map(_holder, pool["holders"])
+        )
     if pool["waiters"]:
-        yield _table(("waits for", "request"), [_who(each) for each in pool["waiters"]])
+        yield _table(("waits for", "process", "request"), [_who(each) for each in pool["waiters"]])
     if pool["incidents"]:
         incidents = [(each["at"], f"{each['kind']} ({each['count']})", each["text"]) for each in pool["incidents"]]
         yield _table(("at", "what", "more"), incidents[:INCIDENTS])
@@ -165,7 +219,7 @@ def _bars(values: list[float], most: float) -> str:
 
 
 def _who(each: dict[str, Any]) -> tuple[str, ...]:
-    return seconds(each["seconds"]), each["request"] or each["thread"]
+    return seconds(each["seconds"]), str(each.get("process", "")), each["request"] or each["thread"]
 
 
 def _holder(holder: dict[str, Any]) -> tuple[str, ...]:
@@ -175,7 +229,7 @@ def _holder(holder: dict[str, Any]) -> tuple[str, ...]:
 def _server(holder: dict[str, Any]) -> str:
     server = holder["server"] or {}
     waits = f"{server.get('wait_event_type')}/{server.get('wait_event')}" if server.get("wait_event") else ""
-    blocked = f"blocked by {server['blocked_by']}" if server.get("blocked_by") else ""
+    blocked = f"blocked by {blockers(server)}" if server.get("blocked_by") else ""
     return " ".join(part for part in (str(holder["backend_pid"]), server.get("state") or "", waits, blocked) if part)
 
 

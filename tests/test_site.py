@@ -1,0 +1,530 @@
+"""The site on one page: gunicorn and its workers, which share a folder; what else may be in that; who is silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from benchmarks.harness import free_port
+
+import zpgpool
+from conftest import Call
+from conftest import eventually
+from conftest import is_within
+from conftest import Outside
+from conftest import run
+from test_status import ask
+from test_status import Reader
+from zpgpool.__main__ import main
+from zpgpool.errors import SettingError
+from zpgpool.monitor.ask import ask_all
+from zpgpool.monitor.folder import Folder
+from zpgpool.monitor.folder import Place
+from zpgpool.monitor.share import Share
+from zpgpool.status import _shares
+from zpgpool.status import StatusApp
+
+
+pytestmark = pytest.mark.usefixtures("measured")
+
+APP = """
+import os
+from urllib.parse import parse_qs
+
+from zpgpool import PersistentConnectionPool, register_pool
+from zpgpool.status import StatusApp
+from zpgpool.wsgi import PoolMiddleware, get_connection
+
+pool = PersistentConnectionPool(0, int(os.environ["MAXCONN"]), os.environ["DSN"], idle_timeout=600, timeout=60)
+register_pool(pool, "main")
+
+def app(environ, start_response):
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute(parse_qs(environ["QUERY_STRING"]).get("sql", ["SELECT 1"])[0])
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [str(os.getpid()).encode()]
+
+site = PoolMiddleware(app, pool)
+status = StatusApp(share=os.environ["SHARE"])
+
+def application(environ, start_response):
+    if environ["PATH_INFO"].startswith("/status"):
+        environ["SCRIPT_NAME"], environ["PATH_INFO"] = "/status", environ["PATH_INFO"][len("/status"):]
+        return status(environ, start_response)
+    return site(environ, start_response)
+"""
+
+
+class Site:
+    """A gunicorn, its address, and its folder."""
+
+    def __init__(self, folder: Path, dsn: str, *options: str, maxconn: int = 4) -> None:
+        self.share = folder / "share"
+        self.share.mkdir(0o700)
+        (folder / "shop.py").write_text(APP)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "gunicorn", "--no-control-socket", "--worker-class=gthread", *options]
+        with (folder / "log").open("w") as log:
+            self.server = subprocess.Popen(
+                [*command, f"--bind=127.0.0.1:{self.port}", "--chdir", str(folder), "shop:application"],
+                env={**os.environ, "DSN": dsn, "SHARE": str(self.share), "MAXCONN": str(maxconn)},
+                stderr=log,
+            )
+
+    def get(self, path: str, timeout: float = 30) -> str:
+        with urlopen(f"{self.url}{path}", timeout=timeout) as answer:
+            return str(answer.read().decode())
+
+    def look(self, query: str = "") -> dict[str, Any]:
+        return dict(json.loads(self.get(f"/status/json{query}")))
+
+    def processes(self) -> list[int]:
+        """Return the processes that answer, as the page has them now; none while the server is not up."""
+        with suppress(OSError):
+            return [each["process"] for each in self.look()["processes"] if not each["trouble"]]
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        lines = re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", self.get("/status/metrics"), re.MULTILINE)
+        return {name: float(value) for name, value in lines}
+
+    def stop(self) -> None:
+        self.server.terminate()
+        try:
+            self.server.wait(20)
+        finally:
+            self.server.kill()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of a short path: the address of a unix socket has 107 bytes."""
+    with TemporaryDirectory(prefix="zpgpool-") as path:
+        yield Path(path)
+
+
+@contextmanager
+def serving(folder: Path, dsn: str, *options: str, workers: int = 4, maxconn: int = 4) -> Iterator[Site]:
+    site = Site(folder, dsn, f"--workers={workers}", *options, maxconn=maxconn)
+    try:
+        eventually(lambda: len(site.processes()) == workers, 30)
+        yield site
+    finally:
+        site.stop()
+
+
+SUM = 'zpgpool_requests_num_total{pool_name="main"}'
+
+
+def is_counter(name: str) -> bool:
+    return name.partition("{")[0].endswith(("_total", "_bucket", "_count", "_sum")) and "connection_count" not in name
+
+
+@pytest.mark.parametrize("options", [["--threads=4"], ["--threads=4", "--preload"]])
+def test_four_workers_behind_one_port(folder: Path, dsn: str, outside: Outside, options: list[str]) -> None:
+    """Whichever answers lists all four, and who holds what; a killed one goes, a stopped one is called silent."""
+    with serving(folder, dsn, *options) as site:
+        held = [Call(site.get, f"/hold/{number}?sql=SELECT+pg_sleep(600)") for number in range(3)]
+        eventually(lambda: site.look()["used"] == 3)
+        workers = site.processes()
+        asked = set()
+        for _ in range(40):
+            seen = site.look()
+            asked.add(seen["process"])
+            assert [each["process"] for each in seen["processes"]] == workers
+            assert {each["request"] for each in seen["pools"][0]["holders"]} == {f"GET /hold/{n}" for n in range(3)}
+            assert (seen["used"], seen["max"], seen["open"] >= 3) == (3, 16, True)
+        assert len(asked) > 1
+        text = Reader(site.get("/status/")).text
+        assert all(str(worker) in text for worker in workers)
+        assert "3 in use" in text
+        holder = seen["pools"][0]["holders"][0]
+        [one] = site.look(f"?process={holder['process']}")["processes"]
+        assert one["process"] == holder["process"]
+        assert [each["request"] for each in site.look("?path=/hold/1")["pools"][0]["holders"]] == ["GET /hold/1"]
+
+        free = next(
+            worker for worker in workers if worker not in {each["process"] for each in seen["pools"][0]["holders"]}
+        )
+        os.kill(free, signal.SIGKILL)
+        start = time.monotonic()
+        eventually(lambda: free not in site.processes() and len(site.processes()) == 4)
+        assert is_within(time.monotonic() - start, 5)
+
+        stopped = holder["process"]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            took = []
+            for _ in range(10):
+                start = time.monotonic()
+                try:
+                    shown = json.loads(site.get("/status/json", 0.6))
+                except (TimeoutError, URLError):  # the stopped worker had taken it
+                    continue
+                took.append(time.monotonic() - start)
+                [silent] = [each for each in shown["processes"] if each["trouble"]]
+                assert silent["process"] == stopped
+            assert took
+            assert is_within(min(took), 0.5)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        outside.terminate()
+        for call in held:
+            with suppress(Exception):
+                call.result()
+
+
+def test_who_blocks_whom_across_processes(folder: Path, dsn: str, outside: Outside) -> None:
+    with serving(folder, dsn, "--threads=4", workers=2) as site:
+        lock = "sql=SELECT+pg_advisory_lock(4711),pg_sleep(600)"
+        calls = [Call(site.get, f"/report?{lock}")]
+        eventually(lambda: site.look()["used"] == 1)
+        [holder] = site.look()["pools"][0]["holders"]
+
+        def other() -> bool:
+            """A waiter in the other process: requests go where the kernel likes."""
+            if len(calls) < 12:
+                calls.append(Call(site.get, f"/late/{len(calls)}?{lock}"))
+            time.sleep(0.05)
+            held = site.look()["pools"][0]["holders"]
+            return any(each["process"] != holder["process"] and each["server"]["blockers"] for each in held)
+
+        eventually(other)
+        words = (
+            f"waits for a lock of backend {holder['backend_pid']}, which is GET /report in process {holder['process']}"
+        )
+        assert words in Reader(site.get("/status/")).text
+        outside.terminate()
+        for call in calls:
+            with suppress(Exception):
+                call.result()
+
+
+@pytest.mark.slow
+def test_no_counter_ever_goes_back(folder: Path, dsn: str) -> None:
+    """While workers are killed, recycled and added, 300 scrapes only rise; nothing that was shown is lost."""
+    options = ["--threads=4", "--max-requests=60", "--max-requests-jitter=30"]
+    with serving(folder, dsn, *options, workers=3) as site:
+        over, done, lost = threading.Event(), [0] * 4, [0] * 4
+
+        def load(number: int) -> None:
+            while not over.is_set():
+                try:
+                    site.get("/")
+                    done[number] += 1
+                except OSError:
+                    lost[number] += 1
+
+        calls = [Call(load, number) for number in range(4)]
+        before: dict[str, float] = {}
+        killed = scrapes = 0
+        while scrapes < 300:
+            try:
+                now = site.metrics()
+            except OSError:  # its worker was just killed
+                continue
+            scrapes += 1
+            backwards = {name: (value, now.get(name)) for name, value in before.items() if now.get(name, -1) < value}
+            assert not {name for name in backwards if is_counter(name)}, (scrapes, backwards)
+            before = now
+            if scrapes % 40 == 0:
+                os.kill(site.processes()[0], signal.SIGKILL)
+                killed += 1
+            if scrapes == 100:
+                site.server.send_signal(signal.SIGTTIN)  # one more
+        over.set()
+        for call in calls:
+            call.result()
+        assert killed > 5
+        assert before[SUM] > 300
+        assert not re.search("Traceback", (folder / "log").read_text())
+
+
+def test_where_all_ended_in_order_the_sums_are_the_clients(folder: Path, dsn: str) -> None:
+    with serving(folder, dsn, "--threads=4", "--max-requests=20", workers=3) as site:
+        site.metrics()
+        done = 0
+        for _ in range(200):
+            with suppress(OSError):
+                site.get("/")
+                done += 1
+        eventually(lambda: site.metrics()[SUM] == done)
+        site.server.send_signal(signal.SIGHUP)  # new workers in the place of all
+        old = set(site.processes())
+        eventually(lambda: len(now := set(site.processes())) == 3 and not old & now, 30)
+        assert site.metrics()[SUM] == done
+
+
+def test_a_site_that_nobody_asks_writes_nothing(folder: Path, dsn: str) -> None:
+    site = Site(folder, dsn, "--workers=2", "--threads=4", "--max-requests=10")
+    try:
+
+        def is_up() -> bool:
+            with suppress(OSError):
+                return bool(site.get("/"))
+            return False
+
+        eventually(is_up, 30)
+        for _ in range(60):
+            with suppress(OSError):
+                site.get("/")
+    finally:
+        site.stop()
+    assert os.listdir(site.share) == []
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def share(folder: Path) -> Path:
+    (path := folder / "run").mkdir(0o700)
+    return path
+
+
+@pytest.fixture
+def app(share: Path) -> Iterator[StatusApp]:
+    yield StatusApp(share=str(share))
+    _shares.pop((str(share), None)).close()
+
+
+def test_what_is_no_folder_of_ours_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").touch()
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    (folder / "mine").mkdir(0o700)
+    for name, words in [
+        ("file", "there is no such folder"),
+        ("nothing", "there is no such folder"),
+        ("open", "others can write to the folder"),
+        ("x" * 120, "the path is longer than"),
+    ]:
+        with pytest.raises(SettingError, match=f"option 'share': {words}"):
+            StatusApp(share=str(folder / name))
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 4711)
+    with pytest.raises(SettingError, match="option 'share': the folder is of another user"):
+        Folder(str(folder / "mine"))
+
+
+def test_500_odd_things_are_left_alone(share: Path, make_pool: Callable[..., Any], app: StatusApp) -> None:
+    """Nothing hangs, nothing is shown unescaped, and no file that is not ours is read, changed or removed."""
+    zpgpool.register_pool(make_pool(name="main"), "main")
+    outside = share.parent / "precious"
+    outside.write_text("precious")
+    silent = []
+    for number in range(70):
+        token = f"{number:016x}"
+        os.mkfifo(share / f"zpgpool-{number + 1}-{token}.sock")
+        os.mkfifo(share / f"zpgpool-{number + 1}-{token}.json")
+        (share / f"zpgpool-{number + 101}-{token}.sock").symlink_to(outside)
+        (share / f"zpgpool-{number + 101}-{token}.json").symlink_to(outside)
+        (share / f"zpgpool-{number + 201}-{token}.json").write_text('{"<script>": {"counters": "x"}}' + " " * number)
+        (share / f"<script>alert({number})<").write_text("foreign")
+        with (share / f"zpgpool-{number + 301}-{token}.json").open("w") as huge:
+            huge.truncate(10**9)
+        if number < 40:  # of our own number: they seem to run
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(str(share / Place(os.getpid(), f"{number + 4096:016x}").name("sock")))
+            server.listen(1)
+            silent.append(server)
+    before = {path.name: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in share.iterdir()}
+    assert len(before) > 500
+    for path in ("/", "/json", "/metrics"):
+        start = time.monotonic()
+        answer = ask(app, path)
+        assert is_within(time.monotonic() - start, 0.6)
+        assert answer.status == 200
+        assert b"<script>" not in answer.body
+        assert b"precious" not in answer.body
+    after = {path.name: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in share.iterdir()}
+    assert {name for name in before if after.get(name) != before[name]} == set()
+    assert outside.read_text() == "precious"
+    shown = json.loads(ask(app, "/json").body)["processes"]
+    assert len([each for each in shown if each["trouble"]]) == 40
+    for server in silent:
+        server.close()
+
+
+def test_a_stale_socket_is_removed(share: Path, app: StatusApp) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = share / Place(ended.pid, "0" * 16).name("sock")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(stale))
+    server.close()
+    assert [each["process"] for each in json.loads(ask(app, "/json").body)["processes"]] == [os.getpid()]
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"format": 2}',
+        b'{"format": 1, "process": "<b>"}',
+        b'{"format": 1, "process": 7, "host": "x", "zpgpool": "9", "is_bare": false, "pools": [{"name": "<b>"}]}',
+        b'{"format": 1, "process": 7, "host": "x", "zpgpool": "9", "is_bare": false, "pools": NaN}',
+    ],
+)
+def test_an_answer_of_another_version_or_none(share: Path, app: StatusApp, text: bytes) -> None:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(share / Place(os.getpid(), "1" * 16).name("sock")))
+    server.listen(8)
+
+    def answer() -> None:
+        for _ in range(2):
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(text)
+
+    call = Call(answer)
+    page = ask(app)
+    assert page.status == 200
+    assert "<b>" not in page.text
+    strange = [each for each in json.loads(ask(app, "/json").body)["processes"] if each["trouble"]]
+    assert len(strange) == 1
+    call.result()
+    server.close()
+
+
+def test_a_full_disk_lets_counters_stand_still(
+    make_pool: Callable[..., Any], app: StatusApp, share: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    pool = make_pool(name="main")
+    zpgpool.register_pool(pool, "main")
+
+    def count() -> float:
+        [line] = re.findall(
+            r'^zpgpool_requests_num_total\{pool_name="main"\} (\S+)$', ask(app, "/metrics").text, re.MULTILINE
+        )
+        return float(line.split()[-1])
+
+    def get() -> None:
+        run(pool.getconn(), "SELECT 1")
+        pool.putconn()
+
+    get()
+    assert count() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        get()
+        assert [count(), count()] == [1, 1]
+    assert caplog.text.count("cannot write counters into") == 1
+    assert count() == 2
+    assert not [name for name in os.listdir(share) if name.endswith(".new")]
+
+
+def test_many_files_of_ended_processes_become_one(share: Path, make_pool: Callable[..., Any], app: StatusApp) -> None:
+    pool = make_pool(name="main")
+    zpgpool.register_pool(pool, "main")
+    run(pool.getconn(), "SELECT 1")
+    pool.putconn()
+    ask(app, "/metrics")
+    [mine] = share.glob("*.json")
+    ended = []
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+        process.wait()
+        ended.append(process.pid)
+    for number, pid in enumerate(ended):
+        (share / Place(pid, f"{number:016x}").name("json")).write_bytes(mine.read_bytes())
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(share / Place(pid, f"{number:016x}").name("sock")))
+        server.close()
+    for _ in range(3):
+        assert 'zpgpool_requests_num_total{pool_name="main"} 21.0' in ask(app, "/metrics").text
+    assert sorted(path.name for path in share.glob("*.json")) == sorted([mine.name, "zpgpool-past.json"])
+
+
+def test_a_pool_that_is_replaced_stays_counted(make_pool: Callable[..., Any], app: StatusApp) -> None:
+    for _ in range(3):
+        pool = make_pool(name="main")
+        zpgpool.register_pool(pool, "main")
+        run(pool.getconn(), "SELECT 1")
+        pool.putconn()
+        text = ask(app, "/metrics").text
+        zpgpool.unregister_pool("main")
+    assert 'zpgpool_requests_num_total{pool_name="main"} 3.0' in text
+
+
+def test_a_site_without_share_starts_no_thread(make_pool: Callable[..., Any]) -> None:
+    zpgpool.register_pool(make_pool())
+    StatusApp()
+    assert not [each for each in threading.enumerate() if each.name == "zpgpool-share"]
+
+
+def test_it_ends_with_its_socket(share: Path) -> None:
+    mine = Share(Folder(str(share)), list)
+    mine.start()
+    folder = Folder(str(share))
+    assert len(ask_all(folder, "pools").documents) == 1
+    mine.close()
+    eventually(lambda: not [each for each in threading.enumerate() if each.name == "zpgpool-share"])
+    assert os.listdir(share) == []
+
+
+# `zpgpool top DIR` ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [20])
+def test_an_incident_seen_from_beside(
+    folder: Path, dsn: str, outside: Outside, capsys: Any, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """All threads wait, and the site cannot serve its own page: the folder tells who holds what, every time."""
+    monkeypatch.setenv("COLUMNS", "250")
+    with serving(folder, dsn, "--threads=6", workers=2, maxconn=4) as site:
+        outside.query("SELECT pg_advisory_lock(815)")
+        calls = [Call(site.get, "/report?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)")]
+        eventually(lambda: site.look()["used"] == 1)
+        [holder] = site.look()["pools"][0]["holders"]
+        calls += [Call(site.get, f"/late/{n}?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)") for n in range(30)]
+        took = []
+
+        def top() -> str:
+            start = time.monotonic()
+            assert main(["top", str(site.share), "--once"]) == 0
+            took.append(time.monotonic() - start)
+            return str(capsys.readouterr().out)
+
+        eventually(lambda: "4 wait, the longest for" in top(), 20)
+        took.clear()
+        for _ in range(times):
+            text = top()
+            [line] = [line for line in text.splitlines() if "GET /report" in line and str(holder["process"]) in line]
+            assert "shop.py:" in line
+        assert is_within(sorted(took)[-1], 1)
+        print(f"top: {sorted(took)[len(took) // 2]:.3f} s, at most {max(took):.3f} s")
+        outside.query("SELECT pg_advisory_unlock(815)")
+        outside.terminate()
+        for call in calls:
+            with suppress(Exception):
+                call.result()
+
+
+@pytest.mark.parametrize("words", ["there is no such folder", "nobody answers"])
+def test_top_of_a_folder_says_in_a_line_what_is_wrong(share: Path, capsys: Any, words: str) -> None:
+    where = share if words == "nobody answers" else share / "nothing"
+    assert main(["top", f"{where}/", "--once"]) == 1
+    assert words in capsys.readouterr().err
