@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,6 +80,7 @@ class Site:
         self.share = folder / "share"
         self.share.mkdir(0o700)
         (folder / "shop.py").write_text(APP)
+        self.missed = 0
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [
@@ -97,11 +99,24 @@ class Site:
             )
 
     def get(self, path: str, timeout: float = 30) -> str:
-        with urlopen(f"{self.url}{path}", timeout=timeout) as answer:
-            return str(answer.read().decode())
+        try:
+            with urlopen(f"{self.url}{path}", timeout=timeout) as answer:
+                return str(answer.read().decode())
+        except HTTPException as error:  # the worker ended in the middle of its answer
+            raise ConnectionResetError from error
 
     def look(self, query: str = "") -> dict[str, Any]:
         return dict(json.loads(self.get(f"/status/json{query}")))
+
+    def whole(self) -> dict[str, Any]:
+        """Return what all processes tell: on a busy machine one may miss the deadline."""
+
+        def look() -> dict[str, Any]:
+            seen = self.look()
+            self.missed += any(each["trouble"] for each in seen["processes"])
+            return {} if any(each["trouble"] for each in seen["processes"]) else seen
+
+        return dict(eventually(look))
 
     def processes(self) -> list[int]:
         """Return the processes that answer, as the page has them now; none while the server is not up."""
@@ -150,23 +165,25 @@ def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]
     """Whichever answers lists all four, and who holds what; a killed one goes, a stopped one is called silent."""
     with serving(folder, dsn, *options) as site:
         held = [Call(site.get, f"/hold/{number}?sql=SELECT+pg_sleep(600)") for number in range(3)]
-        eventually(lambda: site.look()["used"] == 3)
-        workers = site.processes()
+        eventually(lambda: len(site.whole()["pools"][0]["holders"]) == 3)
+        workers = [each["process"] for each in site.whole()["processes"]]
         asked = set()
         for _ in range(40):
-            seen = site.look()
+            seen = site.whole()
             asked.add(seen["process"])
             assert [each["process"] for each in seen["processes"]] == workers
             assert {each["request"] for each in seen["pools"][0]["holders"]} == {f"GET /hold/{n}" for n in range(3)}
             assert (seen["used"], seen["max"], seen["open"] >= 3) == (3, 16, True)
         assert len(asked) > 1
-        text = Reader(site.get("/status/")).text
+        print(f"{site.missed} of {40 + site.missed} answers lacked a process that was too slow")
+        text = eventually(lambda: "3 in use" in (text := Reader(site.get("/status/")).text) and text)
         assert all(str(worker) in text for worker in workers)
-        assert "3 in use" in text
         holder = seen["pools"][0]["holders"][0]
         [one] = site.look(f"?process={holder['process']}")["processes"]
         assert one["process"] == holder["process"]
-        assert [each["request"] for each in site.look("?path=/hold/1")["pools"][0]["holders"]] == ["GET /hold/1"]
+        eventually(
+            lambda: [each["request"] for each in site.look("?path=/hold/1")["pools"][0]["holders"]] == ["GET /hold/1"]
+        )
 
         free = next(
             worker for worker in workers if worker not in {each["process"] for each in seen["pools"][0]["holders"]}
@@ -187,8 +204,7 @@ def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]
                 except (TimeoutError, URLError):  # the stopped worker had taken it
                     continue
                 took.append(time.monotonic() - start)
-                [silent] = [each for each in shown["processes"] if each["trouble"]]
-                assert silent["process"] == stopped
+                assert stopped in [each["process"] for each in shown["processes"] if each["trouble"]]
             assert took
             assert is_within(min(took), 0.5)
         finally:
@@ -203,8 +219,8 @@ def test_who_blocks_whom_across_processes(folder: Path, dsn: str) -> None:
     with serving(folder, dsn, "--threads=4", workers=2) as site:
         lock = "sql=SELECT+pg_advisory_lock(4711),pg_sleep(600)"
         calls = [Call(site.get, f"/report?{lock}")]
-        eventually(lambda: site.look()["used"] == 1)
-        [holder] = site.look()["pools"][0]["holders"]
+        eventually(lambda: site.whole()["pools"][0]["holders"])
+        [holder] = site.whole()["pools"][0]["holders"]
 
         def other() -> bool:
             """A waiter in the other process: requests go where the kernel likes."""
@@ -218,7 +234,7 @@ def test_who_blocks_whom_across_processes(folder: Path, dsn: str) -> None:
         words = (
             f"waits for a lock of backend {holder['backend_pid']}, which is GET /report in process {holder['process']}"
         )
-        assert words in Reader(site.get("/status/")).text
+        eventually(lambda: words in Reader(site.get("/status/")).text)
         site.stop()
         for call in calls:
             with suppress(Exception):
@@ -261,6 +277,7 @@ def test_no_counter_ever_goes_back(folder: Path, dsn: str) -> None:
         for call in calls:
             call.result()
         assert killed > 5
+        print(f"{scrapes} scrapes, {killed} killed, {before[SUM]:.0f} requests, of {sum(done)} that were answered")
         assert before[SUM] > 300
         assert not re.search("Traceback", (folder / "log").read_text())
 
@@ -504,8 +521,8 @@ def test_an_incident_seen_from_beside(
     with serving(folder, dsn, "--threads=6", workers=2, maxconn=4) as site:
         outside.query("SELECT pg_advisory_lock(815)")
         calls = [Call(site.get, "/report?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)")]
-        eventually(lambda: site.look()["used"] == 1)
-        [holder] = site.look()["pools"][0]["holders"]
+        eventually(lambda: site.whole()["pools"][0]["holders"])
+        [holder] = site.whole()["pools"][0]["holders"]
         calls += [Call(site.get, f"/late/{n}?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)") for n in range(30)]
         took = []
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 from time import monotonic
@@ -38,6 +37,7 @@ from .monitor import list_pools
 from .monitor import merge
 from .monitor import name_blockers
 from .monitor import only
+from .monitor import package_version
 from .monitor import Share
 from .monitor import time_of_day
 from .monitor import title
@@ -165,7 +165,7 @@ class StatusApp:
         silent: list[tuple[int, str, str]] = []
         if self._share is None:
             seen = [describe(name, pool, monotonic()) for name, pool in pools]
-            told = [{"process": os.getpid(), "host": host, "zpgpool": version("zpgpool"), "pools": seen}]
+            told = [{"process": os.getpid(), "host": host, "zpgpool": package_version(), "pools": seen}]
         else:
             told, silent = self._share.snapshots()
         wanted = dict(parse_qsl(environ.get("QUERY_STRING", ""), errors="replace"))

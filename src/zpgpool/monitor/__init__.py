@@ -10,6 +10,7 @@ from .history import history_of
 from .page import draw
 from .page import draw_site
 from .page import title
+from .share import package_version
 from .share import Share
 from .site import merge
 from .site import name_blockers
@@ -39,6 +40,7 @@ __all__ = [
     "merge",
     "name_blockers",
     "only",
+    "package_version",
     "read",
     "time_of_day",
     "title",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -46,6 +47,12 @@ OTHER = "its answer is of another version of zpgpool"
 
 #: What a process cannot get for a moment: a descriptor, or memory.
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
+@cache
+def package_version() -> str:
+    """Return the version of the package: looking it up takes longer than all else that a process tells."""
+    return version("zpgpool")
 
 
 class Share(PerProcess):
@@ -126,7 +133,7 @@ class Share(PerProcess):
 
     def document(self, what: str) -> dict[str, Any]:
         """Return what this process tells of itself: with its `pools`, its `numbers`, or neither."""
-        told: dict[str, Any] = {"format": FORMAT, "zpgpool": version("zpgpool"), "process": os.getpid()}
+        told: dict[str, Any] = {"format": FORMAT, "zpgpool": package_version(), "process": os.getpid()}
         told |= {"host": socket.gethostname(), "is_bare": self._is_bare()}
         if what == "pools":
             now = time.monotonic()
