@@ -35,6 +35,11 @@ from test_status import ask
 from test_status import Reader
 from zpgpool.__main__ import main
 from zpgpool.errors import SettingError
+from zpgpool.monitor import draw_site
+from zpgpool.monitor import merge
+from zpgpool.monitor import name_blockers
+from zpgpool.monitor import time_of_day
+from zpgpool.monitor import total
 from zpgpool.monitor.ask import ask_all
 from zpgpool.monitor.folder import Folder
 from zpgpool.monitor.folder import Place
@@ -545,6 +550,51 @@ def test_an_incident_seen_from_beside(
         for call in calls:
             with suppress(Exception):
                 call.result()
+
+
+@pytest.mark.slow
+def test_64_processes(share: Path, dsn: str, make_pool: Callable[..., Any]) -> None:
+    """Asked within 300 ms, on a quiet machine; with 8 holders each, which no test's server has room for, under 1 MB."""
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 8, name="main")
+    zpgpool.register_pool(pool, "main")
+    conns = [pool.getconn() for _ in range(8)]
+    app = StatusApp(share=str(share))
+    children = []
+    try:
+        for _ in range(63):
+            if (pid := os.fork()) == 0:
+                with suppress(BaseException):
+                    pool.getconn()
+                    signal.pause()
+                os._exit(0)
+            children.append(pid)
+        eventually(lambda: len(json.loads(ask(app, "/json").body)["processes"]) == 64, 30)
+        took, sizes = [], []
+        for _ in range(10):
+            start = time.monotonic()
+            page = ask(app)
+            took.append(time.monotonic() - start)
+            sizes.append(len(page.body))
+        print(f"64 processes: {min(took):.3f} s at best, {sorted(took)[5]:.3f} s, {max(sizes)} bytes")
+        assert is_within(min(took), 0.3)
+        document = _shares[str(share), None].document("pools")
+        assert len(document["pools"][0]["holders"]) == 8
+        start = time.monotonic()
+        many = [json.loads(json.dumps({**document, "process": 1000 + number})) for number in range(64)]
+        site = merge(many)
+        name_blockers(site["pools"])
+        asked = {"process": "", "path": ""}
+        drawn = draw_site({**total(site), **site, "at": time_of_day(), "process": 1, "host": "x", "asked": asked})
+        print(f"512 holders: {time.monotonic() - start:.3f} s, {len(drawn)} bytes")
+        assert drawn.count("test_site.py") >= 512
+        assert len(drawn) < 1_000_000
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for conn in conns:
+            pool.putconn(conn)
+        _shares.pop((str(share), None)).close()
 
 
 @pytest.mark.parametrize("words", ["there is no such folder", "nobody answers"])

@@ -164,6 +164,13 @@ def _cell(label: str, content: str) -> str:
     return f'<td role="cell" data-label="{label}"{" class=seconds" if label == "For" else ""}>{content}</td>'
 
 
+def _ending(holder: dict[str, Any]) -> str:
+    """Return what to type to end the query of a holder: where the server knows its backend by that number."""
+    if holder["server"] is None or holder["server"]["state"] != "active":
+        return ""
+    return f'<code class="more">SELECT pg_cancel_backend({holder["backend_pid"]})</code>'
+
+
 def blockers(server: dict[str, Any]) -> str:
     """Return the backends that one waits for, and who they are, as far as that is known."""
     known = {each["backend_pid"]: each for each in server.get("blockers", ())}
@@ -189,7 +196,7 @@ def _holder(holder: dict[str, Any], has_process: bool) -> Row:
         ("Request", f"<code>{_e(holder['request'])}</code>" if holder["request"] else ""),
         ("Thread", _e(holder["thread"])),
         ("Connection", f"<span>{_e(holder['status'])}</span>{_more('backend ' + str(holder['backend_pid'] or '?'))}"),
-        ("Server", _server(holder["server"])),
+        ("Server", _server(holder["server"]) + _ending(holder)),
         ("At line", _line(holder["line"])),
     )
 
