@@ -78,6 +78,7 @@ class Share(PerProcess):
     def begin(self) -> None:
         """See `PerProcess`. Root leaves the folder of a site to what it begins for the site's user."""
         if os.geteuid() != self.folder.owner:
+            self._pid = 0  # not begun: a worker that becomes that user later begins with its next request
             return
         self._place = Place(os.getpid(), secrets.token_hex(8))
         self._server = self.folder.listen(self._place)
