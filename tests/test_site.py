@@ -221,7 +221,7 @@ def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]
 
 
 def test_who_blocks_whom_across_processes(folder: Path, dsn: str) -> None:
-    with serving(folder, dsn, "--threads=4", workers=2) as site:
+    with serving(folder, dsn, "--threads=16", workers=2) as site:  # enough for the page, too, wherever requests go
         lock = "sql=SELECT+pg_advisory_lock(4711),pg_sleep(600)"
         calls = [Call(site.get, f"/report?{lock}")]
         eventually(lambda: site.whole()["pools"][0]["holders"])
@@ -535,12 +535,14 @@ def test_an_incident_seen_from_beside(
             start = time.monotonic()
             assert main(["top", str(site.share), "--once"]) == 0
             took.append(time.monotonic() - start)
-            return str(capsys.readouterr().out)
+            text = str(capsys.readouterr().out)
+            # On a busy machine one may miss the deadline.
+            return "" if "no answer within" in text else text
 
         eventually(lambda: "4 wait, the longest for" in top(), 20)
         took.clear()
         for _ in range(times):
-            text = top()
+            text = eventually(top)
             [line] = [line for line in text.splitlines() if "GET /report" in line and str(holder["process"]) in line]
             assert "shop.py:" in line
         assert is_within(max(took), 1)
