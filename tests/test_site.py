@@ -165,7 +165,9 @@ def is_counter(name: str) -> bool:
     return name.partition("{")[0].endswith(("_total", "_bucket", "_count", "_sum")) and "connection_count" not in name
 
 
-@pytest.mark.parametrize("options", [["--threads=4"], ["--threads=4", "--preload"]])
+@pytest.mark.parametrize(
+    "options", [["--threads=4"], pytest.param(["--threads=4", "--preload"], marks=pytest.mark.slow)]
+)
 def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]) -> None:
     """Whichever answers lists all four, and who holds what; a killed one goes, a stopped one is called silent."""
     with serving(folder, dsn, *options) as site:
@@ -287,6 +289,7 @@ def test_no_counter_ever_goes_back(folder: Path, dsn: str) -> None:
         assert not re.search("Traceback", (folder / "log").read_text())
 
 
+@pytest.mark.slow
 def test_where_all_ended_in_order_the_sums_are_the_clients(folder: Path, dsn: str) -> None:
     with serving(folder, dsn, "--threads=4", "--max-requests=20", workers=3) as site:
         site.metrics()
@@ -312,7 +315,7 @@ def test_a_site_that_nobody_asks_writes_nothing(folder: Path, dsn: str) -> None:
             return False
 
         eventually(is_up, 30)
-        for _ in range(60):
+        for _ in range(30):  # each worker is recycled at least once
             with suppress(OSError):
                 site.get("/")
     finally:
@@ -539,7 +542,8 @@ def test_an_incident_seen_from_beside(
             # On a busy machine one may miss the deadline.
             return "" if "no answer within" in text else text
 
-        eventually(lambda: "4 wait, the longest for" in top(), 20)
+        # Four, if the workers have accepted alike; two, if one of them has nearly all.
+        eventually(lambda: re.search("[234] wait, the longest for", top()), 20)
         took.clear()
         for _ in range(times):
             text = eventually(top)
