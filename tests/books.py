@@ -28,7 +28,10 @@ from conftest import Outside
 from conftest import run
 
 
-SCHEMA = "CREATE TABLE rows (key text PRIMARY KEY, mark text UNIQUE DEFERRABLE INITIALLY DEFERRED)"
+SCHEMA = """
+DROP TABLE IF EXISTS rows;
+CREATE TABLE rows (key text PRIMARY KEY, mark text UNIQUE DEFERRABLE INITIALLY DEFERRED)
+"""
 
 #: The numbers of the rows that a page streams.
 STREAMED = 2000

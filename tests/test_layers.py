@@ -68,7 +68,21 @@ ORDER = {
     ],
     "request": ["response", "shared", "lease", "replica", "failures", "body", "disconnects"],
     "monitor": [
-        *["history", "snapshot", "counters", "folder", "past", "ask", "process", "site", "share", "page", "top"],
+        *[
+            "history",
+            "snapshot",
+            "counters",
+            "folder",
+            "past",
+            "ask",
+            "process",
+            "site",
+            "share",
+            "page",
+            "remote",
+            "beside",
+            "top",
+        ],
     ],
 }
 

@@ -68,7 +68,12 @@ def app(environ, start_response):
     return [str(os.getpid()).encode()]
 
 site = PoolMiddleware(app, pool)
-status = StatusApp(share=os.environ["SHARE"])
+status = StatusApp(
+    share=os.environ["SHARE"],
+    listen=os.environ.get("LISTEN"),
+    peers=os.environ.get("PEERS", "").split(),
+    token=os.environ.get("TOKEN"),
+)
 
 def application(environ, start_response):
     if environ["PATH_INFO"].startswith("/status"):
@@ -81,12 +86,13 @@ def application(environ, start_response):
 class Site:
     """A gunicorn, its address, and its folder."""
 
-    def __init__(self, folder: Path, dsn: str, *options: str, maxconn: int = 4) -> None:
+    def __init__(self, folder: Path, dsn: str, *options: str, maxconn: int = 4, port: int = 0, **environ: str) -> None:
+        folder.mkdir(exist_ok=True)
         self.share = folder / "share"
         self.share.mkdir(0o700)
         (folder / "shop.py").write_text(APP)
         self.missed = 0
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [
             sys.executable,
@@ -99,7 +105,7 @@ class Site:
         with (folder / "log").open("w") as log:
             self.server = subprocess.Popen(
                 [*command, *options, f"--bind=127.0.0.1:{self.port}", "--chdir", str(folder), "shop:application"],
-                env={**os.environ, "DSN": dsn, "SHARE": str(self.share), "MAXCONN": str(maxconn)},
+                env={**os.environ, "DSN": dsn, "SHARE": str(self.share), "MAXCONN": str(maxconn), **environ},
                 stderr=log,
             )
 
@@ -126,7 +132,7 @@ class Site:
     def processes(self) -> list[int]:
         """Return the processes that answer, as the page has them now; none while the server is not up."""
         with suppress(OSError):
-            return [each["process"] for each in self.look()["processes"] if not each["trouble"]]
+            return [each["process"] for each in self.look("?own=1")["processes"] if not each["trouble"]]
         return []
 
     def metrics(self) -> dict[str, float]:
@@ -149,8 +155,10 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def serving(folder: Path, dsn: str, *options: str, workers: int = 4, maxconn: int = 4) -> Iterator[Site]:
-    site = Site(folder, dsn, f"--workers={workers}", *options, maxconn=maxconn)
+def serving(
+    folder: Path, dsn: str, *options: str, workers: int = 4, maxconn: int = 4, port: int = 0, **environ: str
+) -> Iterator[Site]:
+    site = Site(folder, dsn, f"--workers={workers}", *options, maxconn=maxconn, port=port, **environ)
     try:
         eventually(lambda: len(site.processes()) == workers, 30)
         yield site

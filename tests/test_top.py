@@ -135,7 +135,7 @@ class TestRefusesInOneLine:
 
     @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8080", "http://", "ftp://x/"])
     def test_no_address(self, capsys: Any, url: str) -> None:
-        assert "the URL is that of a status page" in self.fails(capsys, url)
+        assert "expected the URL of a status page" in self.fails(capsys, url)
 
     @pytest.mark.parametrize("body", ["", "<html>", "[]", "{}", '{"pools": 1}', '{"pools": [{}]}', '{"pools": [1]}'])
     def test_no_status_page(self, capsys: Any, body: str) -> None:

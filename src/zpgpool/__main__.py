@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--processes", type=_count, default=1, metavar="M", help="with a pool each (%(default)s)")
     check.add_argument("--maxconn", type=_count, metavar="K", help="of each pool (as many as threads)")
     top = commands.add_parser("top", help="show the status page in the terminal")
-    top.add_argument("url", help="where the page is, as http://localhost:8080/status; or the folder of `share`")
+    top.add_argument(
+        "url",
+        nargs="+",
+        help="where the page is, as http://localhost:8080/status, or several; or the folder of `share`",
+    )
     top.add_argument("--once", action="store_true", help="show it once")
     top.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)")
     top.add_argument("--token", metavar="ENV:NAME", help="the page's token, which the environment has as NAME")

@@ -42,7 +42,7 @@ FILTER_OPTIONS = {
 
 KNOWN = {*FILTER_OPTIONS, *TABLE, "dsn"}
 
-STATUS_OPTIONS = {"loopback", "share", "show_sql", "token"}
+STATUS_OPTIONS = {"listen", "loopback", "peers", "share", "show_sql", "token"}
 
 PREFIX = "zpgpool."
 
@@ -63,8 +63,8 @@ def filter_app_factory(app: WSGIApplication, global_conf: Mapping[str, str], **l
 def status_app_factory(global_conf: Mapping[str, str], **local_conf: str) -> StatusApp:
     """Return the status page (PasteDeploy's `paste.app_factory`): see `StatusApp`.
 
-    Its options: `loopback`, `share`, `show_sql`, and `token`, which must be `ENV:NAME`: others read what stands in a
-    file.
+    Its options: `listen`, `loopback`, `peers` (with spaces between), `share`, `show_sql`, and `token`, which must be
+    `ENV:NAME`: others read what stands in a file.
     Raises SettingError for what is unknown or cannot be, naming the option and the file.
     """
     with _naming("zpgpool status", global_conf):
@@ -76,6 +76,8 @@ def status_app_factory(global_conf: Mapping[str, str], **local_conf: str) -> Sta
             show_sql=convert_with(flag, "show_sql", options.get("show_sql", "false")),
             loopback=convert_with(flag, "loopback", options.get("loopback", "true")),
             share=_read_folder(options["share"]) if "share" in options else None,
+            listen=options.get("listen"),
+            peers=options.get("peers", "").split(),
         )
 
 

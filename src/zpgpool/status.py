@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from string import Template
@@ -27,6 +28,7 @@ from webob import Response
 from zope.interface.registry import Components
 
 from .monitor import begin
+from .monitor import Beside
 from .monitor import describe
 from .monitor import draw
 from .monitor import draw_site
@@ -38,6 +40,7 @@ from .monitor import merge
 from .monitor import name_blockers
 from .monitor import only
 from .monitor import package_version
+from .monitor import Peers
 from .monitor import Share
 from .monitor import time_of_day
 from .monitor import title
@@ -80,6 +83,10 @@ class StatusApp:
     registry -- where the pools are registered; by default the global registry.
     share -- a folder by which the processes of a site find each other: the page, the JSON and the metrics are of all of
         them, whichever answers. It belongs to the site's user, and nobody else can write to it.
+    listen -- HOST:PORT, as "127.0.0.1:8091": there the page is served, too, by threads of its own, in whichever process
+        has the port.
+    peers -- the URLs of the status pages of other machines, with the same token: the page and the JSON have their
+        processes, too.
 
     Raises SettingError when nobody could see it.
     """
@@ -91,6 +98,8 @@ class StatusApp:
         registry: Components | None = None,
         loopback: bool = True,
         share: str | None = None,
+        listen: str | None = None,
+        peers: Sequence[str] = (),
     ) -> None:
         if not loopback and not token:
             raise SettingError("option 'loopback': expected true where no token is given: nobody could see the page")
@@ -101,17 +110,25 @@ class StatusApp:
         self._is_loopback_open = loopback
         self._show_sql = show_sql
         self._registry = registry
+        try:
+            self._peers = Peers(peers, token) if peers else None
+        except SettingError as error:
+            raise SettingError(f"option 'peers': {error}") from None
         self._share = None if share is None else _share(share, registry)
+        self._beside = None if listen is None else Beside(listen, self)
         self._metrics = _exposition(registry, self._share)
         begin()
         for _, pool in list_pools(registry):
             history_of(pool)
-        if self._share is not None:
-            self._share.start()
+        self._start()
+
+    def _start(self) -> None:
+        for each in (self._share, self._beside):
+            if each is not None:
+                each.start()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if self._share is not None:
-            self._share.start()
+        self._start()
         response = self._answer(environ)
         for name, value in HEADERS.items():
             response.headers[name] = value
@@ -148,7 +165,7 @@ class StatusApp:
         snapshot = self._take(environ)
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         links = f' · <a href="{root}/metrics">Metrics</a>' if self._metrics else ""
-        main = draw(snapshot) if self._share is None else draw_site(snapshot)
+        main = draw(snapshot) if self._share is None and self._peers is None else draw_site(snapshot)
         text = self._page.substitute(title=title(snapshot), root=root, links=links, main=main)
         return Response(text, content_type="text/html", charset="utf-8", vary="Accept")
 
@@ -169,8 +186,13 @@ class StatusApp:
         else:
             told, silent = self._share.snapshots()
         wanted = dict(parse_qsl(environ.get("QUERY_STRING", ""), errors="replace"))
+        is_peers = "own" in wanted  # who asks adds up, and asks the server
+        if self._peers is not None and not is_peers:
+            theirs, lost = self._peers.snapshots()
+            told, silent = [*told, *theirs], [*silent, *lost]
         site = merge(told, silent)
-        join_server(site["pools"], [dict(pools).get(pool["name"]) for pool in site["pools"]], self._show_sql)
+        if not is_peers:
+            join_server(site["pools"], [dict(pools).get(pool["name"]) for pool in site["pools"]], self._show_sql)
         name_blockers(site["pools"])
         process = wanted.get("process", "")
         if process:  # after that: it may wait for a backend of another process

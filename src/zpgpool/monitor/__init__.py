@@ -1,5 +1,6 @@
 """What is to be seen of pools: what doors may import of it. It imports from `core` and the leaves only."""
 
+from .beside import Beside
 from .counters import COUNTERS
 from .counters import read
 from .counters import Reading
@@ -10,6 +11,7 @@ from .history import history_of
 from .page import draw
 from .page import draw_site
 from .page import title
+from .remote import Peers
 from .share import package_version
 from .share import Share
 from .site import merge
@@ -27,7 +29,9 @@ __all__ = [
     "BOUNDS",
     "COUNTERS",
     "VERSION",
+    "Beside",
     "Folder",
+    "Peers",
     "Reading",
     "Share",
     "begin",

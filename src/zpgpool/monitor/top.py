@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
-from urllib.error import URLError
-from urllib.parse import urlsplit
-from urllib.request import build_opener
-from urllib.request import HTTPRedirectHandler
-from urllib.request import Request
 
 from ..errors import CommandError
 from ..errors import SettingError
@@ -27,6 +21,9 @@ from .page import blockers
 from .page import seconds
 from .page import sums
 from .page import verdict
+from .remote import fetch
+from .remote import Peers
+from .remote import request_for
 from .share import sort_out
 from .site import merge
 from .site import total
@@ -39,9 +36,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-#: How long an answer may take in seconds, and be in bytes.
+#: How long each part of an answer may take, in seconds.
 TIMEOUT = 10
-LONGEST = 10_000_000
 
 COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
 
@@ -50,11 +46,6 @@ BARS = " ▁▂▃▄▅▆▇█"
 #: How many samples, and incidents, a pool shows.
 SAMPLES = 60
 INCIDENTS = 5
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        """Follow nobody: the token is for one address."""
 
 
 def top(args: argparse.Namespace) -> None:
@@ -84,14 +75,32 @@ def top(args: argparse.Namespace) -> None:
         pass
 
 
-def _look(where: str, token: str | None) -> Callable[[], dict[str, Any]]:
-    """Return what returns a snapshot: of a status page, or of the processes that share a folder."""
-    if "://" in where or not (os.path.isdir(where) or os.sep in where):
-        return partial(fetch, _request(where, token))
+def _look(where: Sequence[str], token: str | None) -> Callable[[], dict[str, Any]]:
+    """Return what returns a snapshot: of a status page, of several, or of the processes that share a folder."""
     try:
-        return partial(ask_folder, Folder(where))
+        if any(_is_url(each) for each in where):
+            secret = _read_token(token)
+            if len(where) > 1:
+                return partial(ask_pages, Peers(where, secret))
+            request = request_for(where[0], secret)
+            return lambda: dict(_clean(fetch(request, TIMEOUT)))
+        if len(where) > 1:
+            raise CommandError("one folder, or the URLs of status pages")
+        return partial(ask_folder, Folder(where[0]))
     except SettingError as error:
-        raise CommandError(str(error).partition(": ")[2]) from None
+        raise CommandError(str(error).rpartition("': ")[2]) from None
+
+
+def _is_url(where: str) -> bool:
+    return "://" in where or not (os.path.isdir(where) or os.sep in where)
+
+
+def ask_pages(peers: Peers) -> dict[str, Any]:
+    """Return the snapshot of several status pages, without what the server says, as of a folder."""
+    told, silent = peers.snapshots()
+    if not told:
+        raise CommandError("; ".join(f"{address}: {why}" for _, address, why in silent))
+    return _added_up(told, silent)
 
 
 def ask_folder(folder: Folder) -> dict[str, Any]:
@@ -102,42 +111,21 @@ def ask_folder(folder: Folder) -> dict[str, Any]:
         raise CommandError(f"no answer: {error}") from None
     if not told and not silent:
         raise CommandError("nobody answers in that folder: does a site run that shares it?")
+    return _added_up(told, silent)
+
+
+def _added_up(told: list[dict[str, Any]], silent: list[tuple[int, str, str]]) -> dict[str, Any]:
     site = _clean(merge(told, silent))
     return {"at": time_of_day(), "process": os.getpid(), **total(site), **site}
 
 
-def _request(url: str, token: str | None) -> Request:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CommandError("the URL is that of a status page, as http://localhost:8080/status")
-    path = parts.path.rstrip("/").removesuffix("/json")
-    request = Request(parts._replace(path=f"{path}/json", query="", fragment="").geturl())
-    if token is not None:
-        name = token.removeprefix("ENV:")
-        if not token.startswith("ENV:") or not os.environ.get(name):
-            raise CommandError("--token is ENV:NAME, where the environment has NAME")
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ[name]}")
-    return request
-
-
-def fetch(request: Request) -> dict[str, Any]:
-    """Return the snapshot that the status page has. Raises CommandError."""
-    try:
-        with build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as answer:
-            snapshot = _clean(json.loads(answer.read(LONGEST)))
-            if not isinstance(snapshot["pools"], list):
-                raise TypeError
-            return dict(snapshot)
-    except HTTPError as error:
-        error.close()
-        hint = ": is this its address, and may this machine see it?" if error.code == 404 else ""
-        raise CommandError(f"the server answers {error.code}{hint}") from None
-    except URLError as error:
-        raise CommandError(f"no answer: {error.reason}") from None
-    except OSError as error:
-        raise CommandError(f"no answer: {error}") from None
-    except (ValueError, TypeError, KeyError):
-        raise CommandError("what answers there is no status page of zpgpool") from None
+def _read_token(token: str | None) -> str | None:
+    if token is None:
+        return None
+    name = token.removeprefix("ENV:")
+    if not token.startswith("ENV:") or not os.environ.get(name):
+        raise CommandError("--token is ENV:NAME, where the environment has NAME")
+    return os.environ[name]
 
 
 def _clean(value: Any) -> Any:
