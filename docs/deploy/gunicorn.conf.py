@@ -6,7 +6,7 @@ worker_class = "gthread"
 #: As many as the pool's maxconn.
 threads = 8
 preload_app = True
-#: Above the pool's timeout, or a request that waits for a connection is killed instead of answered.
+#: A worker whose main thread is stuck for so long is killed. With gthread that is no limit for a request.
 timeout = 30
 graceful_timeout = 30
 paste_global_conf = ["http_port=8080"]

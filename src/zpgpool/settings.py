@@ -178,20 +178,23 @@ class PoolSettings:
         optional(number),
         0.0,
         "seconds",
-        "how long an unused connection is kept; 0: not at all, beyond minconn; none: for ever",
+        "how long an idle connection is kept; 0: not at all, beyond minconn; none: for ever",
         in_files=600.0,
     )
     timeout: float = row(
-        number, 0.0, "seconds", "how long a getconn() may wait in all; 0: it raises at once", in_files=30.0
+        number, 0.0, "seconds", "longest wait of a getconn() in all; 0: raise the error at once", in_files=30.0
     )
     max_waiting: int | None = row(
-        optional(count), None, "threads", "how many may wait at a time; one more gets TooManyRequests at once"
+        optional(count),
+        None,
+        "threads",
+        "how many threads may wait at a time; further ones get TooManyRequests at once",
     )
     outage_wait: float = row(
         number,
         0.0,
         "seconds",
-        "how long getconn() waits for a server that has just gone, counted since it went; 0: it raises at once",
+        "how long getconn() waits for a server that is down, from the outage's beginning; 0: raise the error at once",
         in_files=10.0,
     )
     max_lifetime: float | None = row(
@@ -202,33 +205,36 @@ class PoolSettings:
         in_files=3600.0,
     )
     check: Callable[[Connection], object] | None = row(
-        optional(hook), None, "callable", "gets each parked connection before a user does; raises when it is of no use"
+        optional(hook),
+        None,
+        "callable",
+        "called with each idle connection before a user gets it; raises an error when the connection is unusable",
     )
     check_idle: float | None = row(
         optional(number),
         1.0,
         "seconds",
-        "a connection that rested longer must answer a ping; none: only its socket is looked at",
+        "a connection that was idle for longer must answer a ping; none: only its socket is checked",
     )
     configure: Callable[[Connection], object] | None = row(
-        optional(hook), None, "callable", "gets each new connection, to set up its session"
+        optional(hook), None, "callable", "called with each new connection, to set up its session"
     )
     reset: Reset = row(
         optional(reset_hook),
         None,
         "discard or callable",
-        "done to a returned connection after the rollback; discard: DISCARD ALL",
+        "called with a returned connection after the rollback; discard: DISCARD ALL",
     )
     autocommit: bool | Literal["safe"] | None = row(
         optional(when_to_commit),
         None,
         "true, false or safe",
-        "the session that every user gets; safe: on for requests of safe methods (GET, HEAD, OPTIONS) alone",
+        "of each session; safe: on for requests of safe methods (GET, HEAD, OPTIONS) only",
     )
-    isolation_level: str | None = row(optional(level), None, "name", "the session that every user gets")
-    readonly: bool | None = row(optional(flag), None, "true or false", "the session that every user gets")
+    isolation_level: str | None = row(optional(level), None, "name", "of each session")
+    readonly: bool | None = row(optional(flag), None, "true or false", "of each session")
     pooler: str | None = row(
-        optional(pooler), None, "name", "what stands before the server; refuses settings that cannot be kept behind it"
+        optional(pooler), None, "name", "pooler in front of the server; incompatible settings are rejected"
     )
     twophase: bool = row(
         flag, False, "true or false", "transactions joined by zpgpool.datamanager commit in two phases (PREPARE)"
@@ -240,20 +246,29 @@ class PoolSettings:
         "ask the server what became of a COMMIT whose answer was lost; one round trip more for each transaction",
     )
     replica: str = row(
-        text, "", "name", "the pool of a standby, which requests of safe methods (GET, HEAD, OPTIONS) get in its place"
+        text, "", "name", "the pool of a standby, from which requests of safe methods (GET, HEAD, OPTIONS) read"
     )
     primary_after_write: float = row(
-        number, 5.0, "seconds", "with replica: how long a client that wrote reads here, too, to see it; 0: not at all"
+        number,
+        5.0,
+        "seconds",
+        "with replica: after a write, serve that client's reads from here for this long; 0: not at all",
     )
     max_lag: float | None = row(
-        optional(number), 3.0, "seconds", "with replica: one that is further behind is left out; none: however far"
+        optional(number),
+        3.0,
+        "seconds",
+        "with replica: skip it while it is further behind; none: never skip it for that",
     )
-    prune_interval: float = row(interval, 30.0, "seconds", "between two rounds of the timer, at most")
+    prune_interval: float = row(interval, 30.0, "seconds", "longest time between two rounds of maintenance")
     leak_after: float | None = row(
-        optional(interval), None, "seconds", "who holds a connection longer is logged: thread, request, source line"
+        optional(interval),
+        None,
+        "seconds",
+        "log a warning when a connection is held this long: thread, request, source line",
     )
     hold_limit: float | None = row(
-        optional(interval), None, "seconds", "whose query is cancelled, and connection ended, after holding it so long"
+        optional(interval), None, "seconds", "cancel the query and close the connection when it is held this long"
     )
     name: str = row(text, "", "text", "the pool's name in logs and messages, and as a utility")
 
