@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -27,6 +29,8 @@ from conftest import eventually
 from conftest import is_within
 from conftest import run
 from serving import waitress
+from test_proxies import find
+from test_site import APP
 from test_site import folder as folder
 from test_site import serving
 from test_status import ask
@@ -215,6 +219,59 @@ def test_two_sites_without_a_common_folder_are_one_page(
         for call in calls:
             with suppress(Exception):
                 call.result()
+
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 60s
+    timeout server 60s
+frontend web
+    bind 127.0.0.1:{port}
+    default_backend shop
+backend shop
+    balance roundrobin
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_of_waitress_behind_haproxy(folder: Path, dsn: str) -> None:
+    """Each has a port, and the page is the same through whichever."""
+    (share := folder / "share").mkdir(0o700)
+    (folder / "shop.py").write_text(APP)
+    ports = [free_port() for _ in range(3)]
+    front = free_port()
+    servers = "".join(f"    server shop{port} 127.0.0.1:{port}\n" for port in ports)
+    (folder / "haproxy.cfg").write_text(HAPROXY.format(port=front) + servers)
+    serve = "import shop, sys, waitress; waitress.serve(shop.application, listen=sys.argv[1], threads=4)"
+    commands = [[sys.executable, "-c", serve, f"127.0.0.1:{port}"] for port in ports]
+    commands.append([find("haproxy", "haproxy"), "-db", "-f", str(folder / "haproxy.cfg")])
+    environ = {**os.environ, "DSN": dsn, "SHARE": str(share), "MAXCONN": "4", "TOKEN": TOKEN}
+    with (folder / "log").open("w") as log:
+        started = [subprocess.Popen(each, cwd=folder, env=environ, stdout=log, stderr=log) for each in commands]
+    try:
+
+        def site(path: str = "/status/json") -> dict[str, Any]:
+            seen = look(front, path, TOKEN)
+            return seen if seen and not any(each["trouble"] for each in seen["processes"]) else {}
+
+        eventually(lambda: len(site().get("processes", [])) == 3, 30)
+        held = Call(urlopen, f"http://127.0.0.1:{front}/hold?sql=SELECT+pg_sleep(600)")
+        eventually(lambda: (seen := site()) and seen["pools"][0]["holders"])
+        asked = set()
+        for _ in range(12):
+            seen = eventually(site)
+            asked.add(seen["process"])
+            assert {each["process"] for each in seen["processes"]} == {each.pid for each in started[:3]}
+            assert [each["request"] for each in seen["pools"][0]["holders"]] == ["GET /hold"]
+        assert len(asked) == 3
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(20)
+    with suppress(Exception):
+        held.result()
 
 
 @pytest.fixture

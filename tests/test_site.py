@@ -26,12 +26,16 @@ import pytest
 from benchmarks.harness import free_port
 
 import zpgpool
+from browser import Browser
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
 from conftest import Outside
 from conftest import run
+from serving import waitress
 from test_status import ask
+from test_status import browser as browser
+from test_status import BUILD
 from test_status import Reader
 from zpgpool.__main__ import main
 from zpgpool.errors import SettingError
@@ -567,7 +571,7 @@ def test_an_incident_seen_from_beside(
 
 
 @pytest.mark.slow
-def test_64_processes(share: Path, dsn: str, make_pool: Callable[..., Any]) -> None:
+def test_64_processes(share: Path, dsn: str, make_pool: Callable[..., Any], browser: Browser) -> None:
     """Asked within 300 ms, on a quiet machine; with 8 holders each, which no test's server has room for, under 1 MB."""
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 8, name="main")
     zpgpool.register_pool(pool, "main")
@@ -591,6 +595,14 @@ def test_64_processes(share: Path, dsn: str, make_pool: Callable[..., Any]) -> N
             sizes.append(len(page.body))
         print(f"64 processes: {min(took):.3f} s at best, {sorted(took)[5]:.3f} s, {max(sizes)} bytes")
         assert is_within(min(took), 0.3)
+        with waitress(app) as port:
+            browser.forget()
+            for dark in (False, True):
+                browser.open(f"http://127.0.0.1:{port}/", width=360, dark=dark)
+                assert browser.run("document.documentElement.scrollWidth") <= 360
+                assert browser.run("document.querySelectorAll('main table tr').length") > 64
+                browser.shoot(BUILD / f"site-phone{'-dark' if dark else ''}.png")
+            assert browser.complaints == []
         document = _shares[str(share), None].document("pools")
         assert len(document["pools"][0]["holders"]) == 8
         start = time.monotonic()
