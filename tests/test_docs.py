@@ -647,7 +647,7 @@ def test_every_metric_is_on_its_page(built: dict[str, str], make_pool: Callable[
     names += [metrics.PREFIX + each for each in (*(number.name for number in metrics.NUMBERS), *metrics.TIMES)]
     zpgpool.unregister_pool()
     assert len(names) > 20
-    nothing_is_missing([name for name in names if name not in text_of(built["status.html"])])
+    nothing_is_missing([name for name in names if name not in text_of(built["metrics.html"])])
 
 
 def test_every_command_and_option_is_on_a_page(
@@ -663,7 +663,7 @@ def test_every_command_and_option_is_on_a_page(
     with pytest.raises(SystemExit):
         main([])
     [subparsers] = [each for each in parsers[0]._actions if isinstance(each, argparse._SubParsersAction)]
-    text = text_of(built["status.html"])
+    text = text_of(built["commands.html"])
     names = {f"zpgpool {command}" for command in subparsers.choices} | {"--version"}
     for parser in subparsers.choices.values():
         names |= {option for each in parser._actions for option in each.option_strings} - {"-h", "--help"}
