@@ -31,6 +31,7 @@ from conftest import Call
 from conftest import eventually
 from conftest import is_within
 from conftest import Outside
+from conftest import ROOT
 from conftest import run
 from serving import waitress
 from test_status import ask
@@ -40,10 +41,12 @@ from test_status import Reader
 from zpgpool.__main__ import main
 from zpgpool.errors import SettingError
 from zpgpool.monitor import draw_site
+from zpgpool.monitor import history_of
 from zpgpool.monitor import merge
 from zpgpool.monitor import name_blockers
 from zpgpool.monitor import time_of_day
 from zpgpool.monitor import total
+from zpgpool.monitor import VERSION
 from zpgpool.monitor.ask import ask_all
 from zpgpool.monitor.folder import Folder
 from zpgpool.monitor.folder import Place
@@ -405,6 +408,43 @@ def test_500_odd_things_are_left_alone(share: Path, make_pool: Callable[..., Any
     assert len([each for each in shown if each["trouble"]]) == 40
     for server in silent:
         server.close()
+
+
+#: What a reader of the JSON may rely on under version 1 (docs/site.rst). More may come; nothing of it may go.
+KEYS = {
+    "": "asked at host idle longest_wait max open pools process processes used version waiting",
+    "asked": "path process",
+    "processes": "host idle is_odd longest_wait max open pools process trouble used waiting zpgpool",
+    "pools": (
+        "holders idle incidents is_closed kind lag last_connect_error max min name outage_seconds samples server_note "
+        "size stats used waiters waiting"
+    ),
+    "pools.holders": "backend_pid host line process request seconds server status thread",
+    "pools.waiters": "host line process request seconds thread",
+    "pools.samples": "ago idle lag used wait waiting",
+    "pools.holders.server": ("application_name blocked_by blockers query seconds state wait_event wait_event_type"),
+}
+
+
+def test_the_json_has_the_keys_of_its_version(make_pool: Callable[..., Any], app: StatusApp) -> None:
+    assert VERSION == 1
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=20, name="main")
+    zpgpool.register_pool(pool, "main")
+    conn = pool.getconn()
+    waiting = Call(lambda: pool.putconn(pool.getconn()))
+    eventually(pool.waiters)
+    history_of(pool).maintain(time.monotonic())
+    snapshot = json.loads(ask(app, "/json").body)
+    pool.putconn(conn)
+    waiting.result()
+    assert snapshot["version"] == VERSION
+    page = (ROOT / "docs" / "site.rst").read_text()
+    for path, keys in KEYS.items():
+        found = snapshot
+        for name in path.split(".") if path else []:
+            found = found[name][0] if isinstance(found[name], list) else found[name]
+        assert set(keys.split()) <= set(found), path
+        assert [key for key in keys.split() if f"``{key}``" not in page] == [], path
 
 
 def test_a_stale_socket_is_removed(share: Path, app: StatusApp) -> None:
