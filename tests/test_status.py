@@ -698,7 +698,7 @@ class TestPaste:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("tokn = x", "unknown option 'tokn' (known: loopback, share, show_sql, token)"),
+            ("tokn = x", "unknown option 'tokn' (known: listen, loopback, peers, share, show_sql, token)"),
             ("loopback = no", "option 'loopback': expected true where no token is given: nobody could see the page"),
             ("loopback = perhaps", "option 'loopback': expected true or false"),
             ("show_sql = maybe", "option 'show_sql': expected true or false"),

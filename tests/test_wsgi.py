@@ -1494,7 +1494,7 @@ class TestUnavailable:
         assert "thread greedy for" in record.getMessage()
         assert record.exc_info is not None
         assert record.exc_info[0] is zpgpool.PoolTimeout
-        assert serve(PoolMiddleware(app, pool)).isdigit()
+        eventually(lambda: serve(PoolMiddleware(app, pool)).isdigit())
 
     @shared_kinds
     @pytest.mark.parametrize("app", [page, started])

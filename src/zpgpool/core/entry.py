@@ -276,6 +276,16 @@ class Entry(Slot):
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
+    def let_end(self, until: float) -> bool:
+        """Whether the server hangs up until then (monotonic seconds), when it is told that nothing more comes."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: no time is left
+            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.settimeout(until - monotonic())
+            while self.sock.recv(1 << 16):
+                self.sock.settimeout(until - monotonic())
+            return True
+        return False
+
     def connection(self) -> Connection | None:
         """Return the connection, whoever has it; None when its user lost it."""
         return getattr(self, "conn", None) or self.ref()

@@ -27,8 +27,10 @@ CANCELLED = 0.1
 def hang_up(entries: Iterable[Entry]) -> None:
     """End the queries that run on `entries`, so that closing them does not wait.
 
-    The server is asked to cancel: otherwise it would count the session until the query is done. Then the socket ends.
-    Takes `CANCEL` and `CANCELLED` seconds at most.
+    The server is asked to cancel: otherwise it would count the session until the query is done. Then it is told that
+    nothing more comes, and read until it hangs up: a COPY that was broken off may fill the socket, and a server that
+    waits for room there neither cancels nor ends. Where it does not hang up, the socket is cut.
+    Takes `CANCEL` and twice `CANCELLED` seconds at most.
     """
     busy = [entry for entry in entries if entry.is_active]
     cancel(busy)
@@ -36,8 +38,10 @@ def hang_up(entries: Iterable[Entry]) -> None:
     while busy and monotonic() < deadline:
         busy = [entry for entry in busy if entry.is_active]
         sleep(0.001)
+    deadline = monotonic() + CANCELLED
     for entry in busy:
-        entry.cut()
+        if not entry.let_end(deadline):
+            entry.cut()
 
 
 def cut_late(entries: Iterable[Entry], is_done: threading.Event) -> None:
