@@ -21,6 +21,8 @@ from zpgpool.core.lag import watch
 from zpgpool.metrics import PoolCollector
 
 
+pytestmark = pytest.mark.usefixtures("measured")
+
 RULES = ROOT / "docs" / "deploy" / "alerts.yml"
 DASHBOARD = ROOT / "docs" / "deploy" / "grafana.json"
 

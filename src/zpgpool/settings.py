@@ -229,10 +229,10 @@ class PoolSettings:
         optional(when_to_commit),
         None,
         "true, false or safe",
-        "of each session; safe: on for requests of safe methods (GET, HEAD, OPTIONS) only",
+        "autocommit of each session; safe: on for requests of safe methods (GET, HEAD, OPTIONS) only",
     )
-    isolation_level: str | None = row(optional(level), None, "name", "of each session")
-    readonly: bool | None = row(optional(flag), None, "true or false", "of each session")
+    isolation_level: str | None = row(optional(level), None, "name", "isolation level of each session")
+    readonly: bool | None = row(optional(flag), None, "true or false", "make each session read-only")
     pooler: str | None = row(
         optional(pooler), None, "name", "pooler in front of the server; incompatible settings are rejected"
     )
