@@ -562,14 +562,14 @@ class TestWhatTwoThreadsRarelyDo:
     def test_what_is_judged_for_long_is_not_waited_for(self, pool: Any) -> None:
         _, entry = parked(pool)
         entry.state = CLOSING
-        assert pool._connections._is_soon(0, time.monotonic())
-        assert not pool._connections._is_soon(0, -math.inf)
+        assert pool._connections._coming(time.monotonic()) == 1
+        assert pool._connections._coming(-math.inf) == 0
         entry.state = OPEN
 
     def test_a_ticket_that_has_just_left_the_queue(self, pool: Any) -> None:
         ticket: Ticket[Any] = Ticket(0.0, -math.inf)
         pool._parked.clear()
-        pool._connections.handoff._wait(ticket, lambda ahead: True, time.monotonic)
+        pool._connections.handoff._wait(ticket, lambda: 99, time.monotonic)
         assert not ticket.is_settled
 
     def test_one_of_several_unordered_ones_was_taken(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:

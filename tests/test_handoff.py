@@ -196,16 +196,35 @@ class TestWaiting:
         handoff, asked = new(1), []
         slot = filled(handoff)
 
-        def may_stay(ahead: int) -> bool:
-            asked.append(ahead)
+        def coming() -> int:
+            asked.append(len(handoff.queue))
             if len(asked) == 3:
                 handoff.park("a", slot)
-            return len(asked) < 5
+            return int(len(asked) < 5)
 
-        assert handoff.get(0, may_stay=may_stay, clock=Clock()) is slot
-        assert asked == [0, 0, 0]
-        assert handoff.get(0, may_stay=may_stay, clock=Clock()) is None
+        assert handoff.get(0, coming=coming, clock=Clock()) is slot
+        assert asked == [1, 1, 1]
+        assert handoff.get(0, coming=coming, clock=Clock()) is None
         assert not handoff.queue
+
+    def test_whoever_is_served_while_it_is_counted_is_not_ahead(self) -> None:
+        handoff, counted = new(1), []
+        slot = filled(handoff)
+        first = Call(lambda: handoff.get(20, clock=Clock()))
+        eventually(lambda: len(handoff.queue) == 1)
+
+        def coming() -> int:
+            """One is on its way, which the first gets now; then none."""
+            counted.append(1)
+            if len(counted) == 1:
+                handoff.park(slot, slot)
+                handoff.serve()
+                first.result()
+                return 1
+            return 0
+
+        assert handoff.get(0, coming=coming, clock=Clock()) is None
+        assert len(counted) == 2
 
     def test_the_time_is_for_the_whole_wait(self) -> None:
         handoff, clock = new(1), Clock()

@@ -6,6 +6,7 @@ Knows nothing of who uses them: what is neither parked nor being judged here is 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import weakref
@@ -128,11 +129,11 @@ class Connections(IdleConnections):
             raise self.backoff.copy()
         start = monotonic()
 
-        def may_stay(ahead: int) -> bool:
-            return not may_wait and self._is_soon(ahead, start)
+        def coming() -> float:
+            return 0 if may_wait else self._coming(start)
 
         try:
-            entry = handoff.get(until, self.settings.max_waiting, may_stay, not self.backoff.may_pass)
+            entry = handoff.get(until, self.settings.max_waiting, coming, not self.backoff.may_pass)
             if entry is None and not may_wait and self.backoff.is_recent and self._has_none():
                 raise self.backoff.copy()  # as psycopg2, which waits for nothing else
             return entry
@@ -151,21 +152,21 @@ class Connections(IdleConnections):
     def _has_none(self) -> bool:
         return not any(slot.is_open for slot in self.handoff.slots)
 
-    def _is_soon(self, ahead: int, start: float) -> bool:
-        """Whether a checkout that may not wait should stay nevertheless, with so many others ahead.
+    def _coming(self, start: float) -> float:
+        """Return for how many connections a checkout that may not wait, and those ahead of it, should stay.
 
         For its connect as long as that takes, as with psycopg2. For what is being judged or closed not for long since
         `start`: that may hang.
         """
         if self.backoff.is_young:
-            return True
+            return math.inf
         states = [slot.state for slot in self.handoff.slots]
         coming = states.count(CONNECTING)
         if coming:  # and when that one has shown that the server is there, as many as there is room for
             coming += self.handoff.limit - len(states)
         if monotonic() < start + PING:
             coming += states.count(CHECKING) + states.count(CLOSING)
-        return coming > ahead
+        return coming
 
     def _is_fit(self, entry: Entry, now: float, until: float) -> bool:
         """Judge an idle connection that is ours, until then; False when it was discarded."""

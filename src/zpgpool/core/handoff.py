@@ -188,7 +188,7 @@ class Handoff(Generic[S]):
         self,
         until: float,
         max_waiting: int | None = None,
-        may_stay: Callable[[int], bool] = lambda ahead: False,
+        coming: Callable[[], float] = lambda: 0,
         has_room: bool = True,
         clock: Callable[[], float] = monotonic,
     ) -> S | None:
@@ -199,7 +199,8 @@ class Handoff(Generic[S]):
         max_waiting -- raise QueueFull when so many wait already.
         has_room -- whether there will be new slots as far as there is room, so that who waits for one does not wait for
             others.
-        may_stay -- says, when the time is up, whether a waiter with so many others ahead may stay for a moment.
+        coming -- says, when the time is up, how many slots will be there in a moment: a waiter with fewer others ahead
+            may stay for it.
 
         Raises QueueFull, Closed, or the error that the ticket was answered with.
         """
@@ -213,7 +214,7 @@ class Handoff(Generic[S]):
         ticket: Ticket[S] = Ticket(now, until)
         try:
             self._join(ticket, max_waiting, has_room)
-            self._wait(ticket, may_stay, clock)
+            self._wait(ticket, coming, clock)
         except BaseException:
             answer = self._withdraw(ticket)
             if isinstance(answer, Slot):
@@ -270,7 +271,7 @@ class Handoff(Generic[S]):
                     raise QueueFull
             self.queue.append(ticket)
 
-    def _wait(self, ticket: Ticket[S], may_stay: Callable[[int], bool], clock: Callable[[], float]) -> None:
+    def _wait(self, ticket: Ticket[S], coming: Callable[[], float], clock: Callable[[], float]) -> None:
         while True:
             again = self.serve()
             if self.is_closed:
@@ -279,11 +280,12 @@ class Handoff(Generic[S]):
             if ticket.is_settled:
                 return
             if rest <= 0:
+                soon = coming()  # first: whoever is served in between has left the queue, and the slot those to come
                 try:
                     ahead = self.queue.index(ticket)
                 except ValueError:  # it has just been answered
                     return
-                if not may_stay(ahead):
+                if soon <= ahead:
                     return
                 rest = STAY
             rest = min(rest, LOOK_AGAIN)
