@@ -235,6 +235,7 @@ def fleet(site: Site) -> Iterator[tuple[Site, HAProxy, list[int]]]:
     log.close()
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_fails_no_request(fleet: tuple[Site, HAProxy, list[int]], outside: Outside) -> None:
     site, haproxy, _ = fleet
     is_over = threading.Event()

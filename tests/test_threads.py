@@ -171,7 +171,8 @@ class TestEndedThreads:
         assert len(pool._owners) <= 2
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("factory", SHARED)
 def test_2500_asynchronous_exceptions_lose_nothing(dsn: str, factory: Any, seed: int) -> None:
     """In a process of its own: what measures the coverage of this one does not stand them."""

@@ -221,7 +221,14 @@ def test_zconsole_needs_no_filter(console: str, outside: Outside) -> None:
     assert "from the console" in rows(outside)
 
 
-@pytest.mark.parametrize("job", [page for page in PAGES if page in books.JOBS])
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page == "kill" else [])  # which restarts the server
+        for page in PAGES
+        if page in books.JOBS
+    ],
+)
 def test_both_or_neither(zope: Instance, outside: Outside, stored: list[str], job: str) -> None:
     _, expected, is_stored = books.JOBS[job]
     status, body = get(zope.port, f"/{job}?key=one-{job}")
