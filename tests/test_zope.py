@@ -224,7 +224,7 @@ def test_zconsole_needs_no_filter(console: str, outside: Outside) -> None:
 @pytest.mark.parametrize(
     "job",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page == "kill" else [])  # which restarts the server
+        pytest.param(page, marks=[pytest.mark.slow] if page == "kill" else [])  # seven seconds
         for page in PAGES
         if page in books.JOBS
     ],
