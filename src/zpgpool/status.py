@@ -35,6 +35,7 @@ from .monitor import draw_site
 from .monitor import Folder
 from .monitor import history_of
 from .monitor import join_server
+from .monitor import Json
 from .monitor import list_pools
 from .monitor import merge
 from .monitor import name_blockers
@@ -176,7 +177,7 @@ class StatusApp:
         path = environ["PATH_INFO"]
         return Response(self._static[path], content_type=STATIC[path], charset="utf-8")
 
-    def _take(self, environ: WSGIEnvironment) -> dict[str, Any]:
+    def _take(self, environ: WSGIEnvironment) -> Json:
         """Return the snapshot: of this process, or of the site; of one process, or one path of it, if that is asked."""
         pools, host = list_pools(self._registry), socket.gethostname()
         silent: list[tuple[int, str, str]] = []

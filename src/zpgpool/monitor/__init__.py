@@ -21,6 +21,7 @@ from .site import total
 from .site import VERSION
 from .snapshot import describe
 from .snapshot import join_server
+from .snapshot import Json
 from .snapshot import list_pools
 from .snapshot import time_of_day
 
@@ -31,6 +32,7 @@ __all__ = [
     "VERSION",
     "Beside",
     "Folder",
+    "Json",
     "Peers",
     "Reading",
     "Share",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .folder import Folder
 from .folder import Place
+from .snapshot import Json
 
 
 #: How long all answers together may take, in seconds, and how large one may be, in bytes.
@@ -30,7 +31,7 @@ FORMAT = 1
 class Answers(NamedTuple):
     """What came of it: the documents of those that answered, who did not, and who has ended."""
 
-    documents: dict[Place, dict[str, Any]]
+    documents: dict[Place, Json]
     silent: list[Place]
     ended: list[Place]
 
@@ -54,7 +55,7 @@ def ask_all(folder: Folder, what: str, own: Place | None = None, seconds: float 
     return answers
 
 
-def _document(text: bytes | None) -> dict[str, Any] | None:
+def _document(text: bytes | None) -> Json | None:
     if text:
         with suppress(ValueError, RecursionError):
             document = json.loads(text)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence
-from typing import Any
 
 from webob.util import html_escape
 
 from .history import EVERY
 from .history import SPAN
+from .snapshot import Json
 
 
 #: The size of a chart in its own units; the page stretches it.
@@ -22,7 +22,7 @@ STEP = WIDTH * EVERY / SPAN
 Row = Sequence[tuple[str, str]]
 
 
-def draw(snapshot: dict[str, Any]) -> str:
+def draw(snapshot: Json) -> str:
     """Return what stands in the page's `main`."""
     pools = "\n".join(_pool(pool, number) for number, pool in enumerate(snapshot["pools"]))
     when = snapshot["at"].replace("T", " ").replace("+00:00", " UTC")
@@ -32,7 +32,7 @@ def draw(snapshot: dict[str, Any]) -> str:
     )
 
 
-def draw_site(snapshot: dict[str, Any]) -> str:
+def draw_site(snapshot: Json) -> str:
     """Return the same for a site of several processes, with a table of them at the top."""
     asked, processes = snapshot["asked"], snapshot["processes"]
     note = " and ".join(
@@ -55,7 +55,7 @@ def draw_site(snapshot: dict[str, Any]) -> str:
 <footer>Process {snapshot["process"]} has asked at {_e(when)}.</footer>"""
 
 
-def sums(snapshot: dict[str, Any]) -> str:
+def sums(snapshot: Json) -> str:
     """Return the sums of a site in one sentence."""
     waiting, longest = snapshot["waiting"], snapshot["longest_wait"]
     waits = f"{waiting} wait, the longest for {seconds(longest)}" if waiting else "nobody waits"
@@ -65,7 +65,7 @@ def sums(snapshot: dict[str, Any]) -> str:
     )
 
 
-def _process(process: dict[str, Any]) -> Row:
+def _process(process: Json) -> Row:
     number = process["process"]
     how = process["trouble"] or ("not as the others" if process["is_odd"] else "answers")
     return (
@@ -77,14 +77,14 @@ def _process(process: dict[str, Any]) -> Row:
     )
 
 
-def title(snapshot: dict[str, Any]) -> str:
+def title(snapshot: Json) -> str:
     """Return the page's title: what somebody should see in a tab."""
     waiting = sum(pool["waiting"] for pool in snapshot["pools"])
     used = sum(pool["used"] for pool in snapshot["pools"])
     return f"{waiting} waiting - pools" if waiting else f"{used} in use - pools"
 
 
-def verdict(pool: dict[str, Any]) -> tuple[str, str]:
+def verdict(pool: Json) -> tuple[str, str]:
     """Return how a pool is, in one sentence, and how bad that is: `good`, `warn` or `bad`."""
     used, most, waiting = pool["used"], pool["max"], pool["waiting"]
     if pool["is_closed"]:
@@ -116,7 +116,7 @@ def seconds(number: float) -> str:
     return f"{number:.1f} s" if number >= 0.1 or number == 0 else f"{number * 1000:.0f} ms"
 
 
-def _pool(pool: dict[str, Any], number: int, has_process: bool = False) -> str:
+def _pool(pool: Json, number: int, has_process: bool = False) -> str:
     mood, words = verdict(pool)
     name = _e(pool["name"]) if pool["name"] else "Unnamed pool"
     note = f'<p class="note">Without what the server says: {_e(pool["server_note"])}</p>' if pool["server_note"] else ""
@@ -135,7 +135,7 @@ def _pool(pool: dict[str, Any], number: int, has_process: bool = False) -> str:
 </section>"""
 
 
-def _lag(lag: dict[str, Any] | None) -> str:
+def _lag(lag: Json | None) -> str:
     if lag is None:
         return ""
     what = "not known" if lag["seconds"] is None else f"{seconds(lag['seconds'])}, {seconds(lag['ago'])} ago"
@@ -164,14 +164,14 @@ def _cell(label: str, content: str) -> str:
     return f'<td role="cell" data-label="{label}"{" class=seconds" if label == "For" else ""}>{content}</td>'
 
 
-def _ending(holder: dict[str, Any]) -> str:
+def _ending(holder: Json) -> str:
     """Return what to type to end the query of a holder: where the server knows its backend by that number."""
     if holder["server"] is None or holder["server"]["state"] != "active":
         return ""
     return f'<code class="more">SELECT pg_cancel_backend({holder["backend_pid"]})</code>'
 
 
-def blockers(server: dict[str, Any]) -> str:
+def blockers(server: Json) -> str:
     """Return the backends that one waits for, and who they are, as far as that is known."""
     known = {each["backend_pid"]: each for each in server.get("blockers", ())}
     shown = []
@@ -185,11 +185,11 @@ def blockers(server: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _in_process(each: dict[str, Any], has_process: bool) -> Row:
+def _in_process(each: Json, has_process: bool) -> Row:
     return (("Process", str(each["process"])),) if has_process else ()
 
 
-def _holder(holder: dict[str, Any], has_process: bool) -> Row:
+def _holder(holder: Json, has_process: bool) -> Row:
     return (
         ("For", seconds(holder["seconds"])),
         *_in_process(holder, has_process),
@@ -201,7 +201,7 @@ def _holder(holder: dict[str, Any], has_process: bool) -> Row:
     )
 
 
-def _server(server: dict[str, Any] | None) -> str:
+def _server(server: Json | None) -> str:
     if server is None:
         return ""
     running = f" for {seconds(server['seconds'])}" if server["state"] == "active" and server["seconds"] else ""
@@ -217,7 +217,7 @@ def _server(server: dict[str, Any] | None) -> str:
     return "".join(lines)
 
 
-def _waiter(waiter: dict[str, Any], has_process: bool) -> Row:
+def _waiter(waiter: Json, has_process: bool) -> Row:
     return (
         ("For", seconds(waiter["seconds"])),
         *_in_process(waiter, has_process),
@@ -226,7 +226,7 @@ def _waiter(waiter: dict[str, Any], has_process: bool) -> Row:
     )
 
 
-def _tale(incident: dict[str, Any]) -> Row:
+def _tale(incident: Json) -> Row:
     times = f" ({incident['count']} times)" if incident["count"] > 1 else ""
     return (
         ("When (UTC)", _e(incident["at"][:19].replace("T", " "))),
@@ -252,7 +252,7 @@ def _e(text: object) -> str:
 # Charts --------------------------------------------------------------------------------------------------------------
 
 
-def _charts(pool: dict[str, Any]) -> str:
+def _charts(pool: Json) -> str:
     longest = max((waiter["seconds"] for waiter in pool["waiters"]), default=0.0)
     now = {"ago": 0.0, "used": pool["used"], "idle": pool["idle"], "waiting": pool["waiting"], "wait": longest}
     samples = [*pool["samples"], now]
@@ -285,7 +285,7 @@ def _charts(pool: dict[str, Any]) -> str:
     )
 
 
-def _lag_chart(samples: Sequence[dict[str, Any]]) -> str:
+def _lag_chart(samples: Sequence[Json]) -> str:
     known = [sample for sample in samples if sample["lag"] is not None]
     lags = [sample["lag"] for sample in known]
     most = max(lags, default=0.0)
@@ -304,7 +304,7 @@ def _chart(label: str, caption: str, shapes: str) -> str:
     )
 
 
-def _area(name: str, samples: Sequence[dict[str, Any]], values: Sequence[float], top: float) -> str:
+def _area(name: str, samples: Sequence[Json], values: Sequence[float], top: float) -> str:
     """Return the area under `values` as a path: each since the one before; a gap in the samples is one there, too."""
     path, last = "", float("-inf")
     for sample, value in zip(samples, values, strict=True):

@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterable
 from time import monotonic
-from typing import Any
 from urllib.error import HTTPError
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from urllib.request import Request
 from ..errors import CommandError
 from ..errors import SettingError
 from .site import is_document
+from .snapshot import Json
 
 
 #: How long all answers together may take, in seconds, and for how long they are shown again.
@@ -49,7 +49,7 @@ def request_for(url: str, token: str | None = None, query: str = "") -> Request:
     return request
 
 
-def fetch(request: Request, timeout: float) -> dict[str, Any]:
+def fetch(request: Request, timeout: float) -> Json:
     """Return the snapshot that the status page has. Raises CommandError.
 
     timeout -- of the connect, and of each part of the answer, in seconds.
@@ -81,7 +81,7 @@ class Peer:
         self.address = urlsplit(url).netloc
         self._pid = 0
         self._thread: threading.Thread | None = None
-        self.snapshot: dict[str, Any] | None = None
+        self.snapshot: Json | None = None
         self.trouble = SILENT
 
     def begin(self) -> None:
@@ -110,10 +110,10 @@ class Peers:
         self._peers = [Peer(url, token) for url in urls]
         self._lock = threading.Lock()
         self._asked_at = float("-inf")
-        self._found: tuple[list[dict[str, Any]], list[tuple[int, str, str]]] = ([], [])
+        self._found: tuple[list[Json], list[tuple[int, str, str]]] = ([], [])
         self._pid = os.getpid()
 
-    def snapshots(self) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
+    def snapshots(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
         """Return what the processes there tell of their pools, and those that tell nothing, as `merge` takes them."""
         if self._pid != os.getpid():
             self._pid, self._lock = os.getpid(), threading.Lock()  # another thread of the parent may have held it
@@ -123,8 +123,8 @@ class Peers:
                 self._asked_at = monotonic()
             return copy.deepcopy(self._found)  # whoever gets them adds to them
 
-    def _ask(self) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
-        told: list[dict[str, Any]] = []
+    def _ask(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
+        told: list[Json] = []
         silent: list[tuple[int, str, str]] = []
         for peer in self._peers:
             try:
@@ -143,9 +143,9 @@ class Peers:
         return told, silent
 
 
-def _sort_out(snapshot: dict[str, Any], address: str) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
+def _sort_out(snapshot: Json, address: str) -> tuple[list[Json], list[tuple[int, str, str]]]:
     """Return the documents of a peer's processes, and those that are silent there."""
-    good: list[dict[str, Any]] = []
+    good: list[Json] = []
     silent: list[tuple[int, str, str]] = []
     processes = snapshot.get("processes")
     for process in processes if isinstance(processes, list) else [None]:

@@ -38,6 +38,7 @@ from .process import log
 from .process import PerProcess
 from .site import is_document
 from .snapshot import describe
+from .snapshot import Json
 
 
 Pools = Sequence[tuple[str, Any]]
@@ -132,9 +133,9 @@ class Share(PerProcess):
             except Exception:
                 log.exception("the answer to another process of the site failed")
 
-    def document(self, what: str) -> dict[str, Any]:
+    def document(self, what: str) -> Json:
         """Return what this process tells of itself: with its `pools`, its `numbers`, or neither."""
-        told: dict[str, Any] = {"format": FORMAT, "zpgpool": package_version(), "process": os.getpid()}
+        told: Json = {"format": FORMAT, "zpgpool": package_version(), "process": os.getpid()}
         told |= {"host": socket.gethostname(), "is_bare": self._is_bare()}
         if what == "pools":
             now = time.monotonic()
@@ -175,7 +176,7 @@ class Share(PerProcess):
         answers.documents[own] = self.document(what)
         return answers
 
-    def snapshots(self) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
+    def snapshots(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
         """Return what all processes tell of their pools, and those that tell nothing, as `merge` takes them."""
         return sort_out(self._ask("pools"))
 
@@ -197,7 +198,7 @@ class Share(PerProcess):
         return total
 
 
-def sort_out(answers: Answers) -> tuple[list[dict[str, Any]], list[tuple[int, str, str]]]:
+def sort_out(answers: Answers) -> tuple[list[Json], list[tuple[int, str, str]]]:
     """Return the documents that can be shown, and who is shown as silent: number, host, and why."""
     host = socket.gethostname()
     good, silent = [], [(place.process, host, SILENT) for place in answers.silent]

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from .history import EVERY
 from .history import INCIDENTS
 from .history import SPAN
+from .snapshot import Json
 
 
 #: Of the JSON: nothing that it has is taken away, or gets another meaning, under the same number.
@@ -84,7 +85,7 @@ def is_document(value: Any) -> bool:
 # Adding up -----------------------------------------------------------------------------------------------------------
 
 
-def merge(documents: Iterable[dict[str, Any]], silent: Iterable[tuple[int, str, str]] = ()) -> dict[str, Any]:
+def merge(documents: Iterable[Json], silent: Iterable[tuple[int, str, str]] = ()) -> Json:
     """Return the `processes` and the `pools` of a site.
 
     documents -- what its processes tell of themselves.
@@ -93,7 +94,7 @@ def merge(documents: Iterable[dict[str, Any]], silent: Iterable[tuple[int, str, 
     told = sorted(documents, key=lambda each: (each["host"], each["process"]))
     processes = [_process(each) for each in told]
     processes += [_silent(*each) for each in sorted(silent)]
-    by_name: dict[str, list[dict[str, Any]]] = {}
+    by_name: dict[str, list[Json]] = {}
     for process in processes:
         for pool in process["pools"]:
             for each in (*pool["holders"], *pool["waiters"], *pool["incidents"]):
@@ -104,25 +105,25 @@ def merge(documents: Iterable[dict[str, Any]], silent: Iterable[tuple[int, str, 
     return {"processes": processes, "pools": [_merge_pools(by_name[name]) for name in sorted(by_name)]}
 
 
-def total(snapshot: Mapping[str, Any]) -> dict[str, Any]:
+def total(snapshot: Mapping[str, Any]) -> Json:
     """Return the sums over all pools, as they stand at the top of a snapshot."""
     pools = snapshot["pools"]
-    sums: dict[str, Any] = {name: sum(pool[name] for pool in pools) for name in ("used", "idle", "max", "waiting")}
+    sums: Json = {name: sum(pool[name] for pool in pools) for name in ("used", "idle", "max", "waiting")}
     waiters = [waiter["seconds"] for pool in pools for waiter in pool["waiters"]]
     return {**sums, "open": sums["used"] + sums["idle"], "longest_wait": max(waiters, default=0.0)}
 
 
-def _process(document: dict[str, Any]) -> dict[str, Any]:
+def _process(document: Json) -> Json:
     shown = {key: document[key] for key in ("process", "host", "zpgpool", "pools")}
     return {**shown, **total(document), "trouble": "", "is_odd": False}
 
 
-def _silent(process: int, host: str, why: str) -> dict[str, Any]:
+def _silent(process: int, host: str, why: str) -> Json:
     shown = {"process": process, "host": host, "zpgpool": "", "pools": []}
     return {**shown, **total(shown), "trouble": why, "is_odd": True}
 
 
-def _mark_odd(processes: Sequence[dict[str, Any]]) -> None:
+def _mark_odd(processes: Sequence[Json]) -> None:
     """Mark those that are not as most are: somebody waits there, or all is in use, or the server is out of reach."""
     moods = [_mood(process) for process in processes if not process["trouble"]]
     [(most, count)] = Counter(moods).most_common(1) or [("", 0)]
@@ -139,11 +140,11 @@ def _mood(process: Mapping[str, Any]) -> str:
     return "full" if any(pool["used"] >= pool["max"] for pool in process["pools"]) else "well"
 
 
-def _merge_pools(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _merge_pools(pools: Sequence[Json]) -> Json:
     """Return pools of one name as one: of one pool that itself."""
     if len(pools) == 1:
         return pools[0]
-    stats: dict[str, Any] = {}
+    stats: Json = {}
     for pool in pools:
         for key, value in pool["stats"].items():
             stats[key] = stats.get(key, 0) + value
@@ -167,13 +168,13 @@ def _merge_pools(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _oldest_first(those: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _oldest_first(those: Iterable[Json]) -> list[Json]:
     return sorted(those, key=lambda each: -each["seconds"])
 
 
-def _add_samples(many: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _add_samples(many: Iterable[Sequence[Json]]) -> list[Json]:
     """Return the sums of samples that were taken at about the same time, the oldest first; waits and lags at most."""
-    slots: dict[int, list[dict[str, Any]]] = {}
+    slots: dict[int, list[Json]] = {}
     for samples in many:
         # One of each process in a slot: two would count twice.
         for slot, sample in {round(each["ago"] / EVERY): each for each in samples if 0 <= each["ago"] <= SPAN}.items():
@@ -205,13 +206,13 @@ def name_blockers(pools: Iterable[Mapping[str, Any]]) -> None:
                 ]
 
 
-def only(snapshot: dict[str, Any]) -> dict[str, Any]:
+def only(snapshot: Json) -> Json:
     """Return a snapshot with the holders and waiters only whose path is asked for; the numbers are of all."""
     path = snapshot["asked"]["path"]
     if not path:
         return snapshot
 
-    def choose(pools: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def choose(pools: Iterable[Json]) -> list[Json]:
         return [
             {**pool, **{kind: [each for each in pool[kind] if is_of(each, path)] for kind in ("holders", "waiters")}}
             for pool in pools

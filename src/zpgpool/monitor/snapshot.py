@@ -13,6 +13,7 @@ from datetime import datetime
 from datetime import timezone
 from time import monotonic
 from typing import Any
+from typing import TypeAlias
 
 from zope.component import getGlobalSiteManager
 from zope.interface.interface import InterfaceClass
@@ -29,6 +30,11 @@ from ..interfaces import IPoolManagement
 from ..interfaces import IWaiter
 from .history import history_of
 from .history import waiters_of
+
+
+#: An object of the JSON. What is in it, docs/site.rst lists, `site.fits` checks where it comes from outside, and a test
+#: holds to; a class for each would say it a fourth time.
+Json: TypeAlias = dict[str, Any]
 
 
 #: How long the servers of all pools together may be asked, in seconds; a statement there takes half of that at most.
@@ -58,7 +64,7 @@ def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
     return sorted(((name.encode(errors="replace").decode(), pool) for name, pool in pools), key=lambda each: each[0])
 
 
-def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -> dict[str, Any]:
+def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -> Json:
     """Return what is to be seen of `pools`, (name, pool) pairs, at `now` (monotonic seconds): numbers, text, None.
 
     show_sql -- with the text of the queries that the holders run.
@@ -74,7 +80,7 @@ def time_of_day() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe(name: str, pool: Any, now: float) -> dict[str, Any]:
+def describe(name: str, pool: Any, now: float) -> Json:
     """Return what is to be seen of a pool without asking its server: each holder's `server` is None."""
     history = history_of(pool)
     history.maintain(now)
@@ -120,7 +126,7 @@ def describe(name: str, pool: Any, now: float) -> dict[str, Any]:
     }
 
 
-def _plain(report: object, interface: InterfaceClass) -> dict[str, Any]:
+def _plain(report: object, interface: InterfaceClass) -> Json:
     return {name: getattr(report, name) for name in interface}
 
 
@@ -139,7 +145,7 @@ def _has_server(pool: Any) -> bool:
     return not pool.closed and IPoolInternals.providedBy(pool)
 
 
-def join_server(seen: Iterable[dict[str, Any]], pools: Iterable[Any], show_sql: bool = False) -> None:
+def join_server(seen: Iterable[Json], pools: Iterable[Any], show_sql: bool = False) -> None:
     """Add to each holder what the server says of its backend, or to the pool's `server_note` why that is missing.
 
     pools -- for each of `seen` the pool whose server is asked; None where there is no such pool here.
@@ -160,7 +166,7 @@ def join_server(seen: Iterable[dict[str, Any]], pools: Iterable[Any], show_sql: 
                 holder["server"] = found.get(holder["backend_pid"])
 
 
-def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = False) -> dict[int, dict[str, Any]]:
+def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = False) -> dict[int, Json]:
     """Return what pg_stat_activity has of these backends, over a connection of its own that is closed again.
 
     Raises NoAnswer, at `until` (monotonic seconds) at the latest.

@@ -27,6 +27,7 @@ from .remote import request_for
 from .share import sort_out
 from .site import merge
 from .site import total
+from .snapshot import Json
 from .snapshot import readable
 from .snapshot import time_of_day
 
@@ -75,7 +76,7 @@ def top(args: argparse.Namespace) -> None:
         pass
 
 
-def _look(where: Sequence[str], token: str | None) -> Callable[[], dict[str, Any]]:
+def _look(where: Sequence[str], token: str | None) -> Callable[[], Json]:
     """Return what returns a snapshot: of a status page, of several, or of the processes that share a folder."""
     try:
         if any(_is_url(each) for each in where):
@@ -95,7 +96,7 @@ def _is_url(where: str) -> bool:
     return "://" in where or not (os.path.isdir(where) or os.sep in where)
 
 
-def ask_pages(peers: Peers) -> dict[str, Any]:
+def ask_pages(peers: Peers) -> Json:
     """Return the snapshot of several status pages, without what the server says, as of a folder."""
     told, silent = peers.snapshots()
     if not told:
@@ -103,7 +104,7 @@ def ask_pages(peers: Peers) -> dict[str, Any]:
     return _added_up(told, silent)
 
 
-def ask_folder(folder: Folder) -> dict[str, Any]:
+def ask_folder(folder: Folder) -> Json:
     """Return the snapshot of a site, without what the server says: this command has no connection to it."""
     try:
         told, silent = sort_out(ask_all(folder, "pools"))
@@ -114,7 +115,7 @@ def ask_folder(folder: Folder) -> dict[str, Any]:
     return _added_up(told, silent)
 
 
-def _added_up(told: list[dict[str, Any]], silent: list[tuple[int, str, str]]) -> dict[str, Any]:
+def _added_up(told: list[Json], silent: list[tuple[int, str, str]]) -> Json:
     site = _clean(merge(told, silent))
     return {"at": time_of_day(), "process": os.getpid(), **total(site), **site}
 
@@ -137,7 +138,7 @@ def _clean(value: Any) -> Any:
     return [_clean(each) for each in value] if isinstance(value, list) else value
 
 
-def draw(snapshot: dict[str, Any]) -> Group:
+def draw(snapshot: Json) -> Group:
     """Return what rich prints of a snapshot. Raises CommandError when it is none."""
     from rich.console import Group
     from rich.text import Text
@@ -150,7 +151,7 @@ def draw(snapshot: dict[str, Any]) -> Group:
     return Group(head, *_site(snapshot), *(parts or [Text("No pool is registered.")]))
 
 
-def _site(snapshot: dict[str, Any]) -> Iterator[Any]:
+def _site(snapshot: Json) -> Iterator[Any]:
     """Yield the processes of a site, where there are several."""
     from rich.text import Text
 
@@ -164,7 +165,7 @@ def _site(snapshot: dict[str, Any]) -> Iterator[Any]:
         raise CommandError("what answers there is no status page of zpgpool, or of another version") from None
 
 
-def _process(process: dict[str, Any]) -> tuple[str, ...]:
+def _process(process: Json) -> tuple[str, ...]:
     numbers = [process[key] for key in ("process", "host", "used", "idle", "max", "waiting")]
     return *map(str, numbers), process["trouble"] or ("not as the others" if process["is_odd"] else "answers")
 
@@ -176,7 +177,7 @@ def _failed(error: str, frame: Group) -> Group:
     return Group(Text(f"{time.strftime('%H:%M:%S')} {error}", style="bold red"), frame)
 
 
-def _pool(pool: dict[str, Any]) -> Iterator[Any]:
+def _pool(pool: Json) -> Iterator[Any]:
     from rich.text import Text
 
     mood, words = verdict(pool)
@@ -206,15 +207,15 @@ def _bars(values: list[float], most: float) -> str:
     return "".join(BARS[min(len(BARS) - 1, round(value / most * (len(BARS) - 1)))] for value in values)
 
 
-def _who(each: dict[str, Any]) -> tuple[str, ...]:
+def _who(each: Json) -> tuple[str, ...]:
     return seconds(each["seconds"]), str(each.get("process", "")), each["request"] or each["thread"]
 
 
-def _holder(holder: dict[str, Any]) -> tuple[str, ...]:
+def _holder(holder: Json) -> tuple[str, ...]:
     return *_who(holder), holder["status"], _server(holder), holder["line"]
 
 
-def _server(holder: dict[str, Any]) -> str:
+def _server(holder: Json) -> str:
     server = holder["server"] or {}
     waits = f"{server.get('wait_event_type')}/{server.get('wait_event')}" if server.get("wait_event") else ""
     blocked = f"blocked by {blockers(server)}" if server.get("blocked_by") else ""
