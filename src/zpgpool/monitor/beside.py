@@ -100,6 +100,9 @@ class Beside(PerProcess):
                 continue
             server.set_app(self._app)
             self._server = server
+            if self._pid != pid:  # it was ended meanwhile
+                self.end()
+                return
             for number in range(THREADS):
                 threading.Thread(
                     target=_serve, args=(server,), name=f"zpgpool-listen-{number + 1}", daemon=True
