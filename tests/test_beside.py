@@ -71,8 +71,9 @@ def test_it_answers_while_all_threads_of_the_site_wait_and_another_process_takes
     port = free_port()
     with serving(folder, dsn, "--threads=2", workers=2, maxconn=1, LISTEN=f"127.0.0.1:{port}") as site:
         calls = [Call(site.get, "/hold?sql=SELECT+pg_sleep(600)") for _ in range(8)]
-        seen = eventually(lambda: (seen := look(port)) and seen["waiting"] and len(seen["processes"]) == 2 and seen, 20)
+        seen = eventually(lambda: (seen := look(port)) and seen["waiting"] and seen["pools"][0]["holders"] and seen, 20)
         assert {each["request"] for each in seen["pools"][0]["holders"]} == {"GET /hold"}
+        eventually(lambda: len(look(port).get("processes", [])) == 2)
         os.kill(seen["process"], signal.SIGKILL)
         eventually(lambda: look(port).get("process") not in (None, seen["process"]), 10)
         site.stop()
