@@ -133,7 +133,7 @@ class TestSettings:
         def both() -> list[str]:
             return [run(get_connection(name), "SHOW transaction_read_only") for name in ("", "reports")]
 
-        assert app.test_client().get("/both").json == ["off", "on"]
+        assert app.test_client().get("/both", buffered=True).json == ["off", "on"]
         assert pool_of(app, "reports").maxconn == 3
         assert pool_of(app, "reports").name == "reports"
 
@@ -325,7 +325,7 @@ class TestTheEnd:
             response.call_on_close(lambda: calls.append("closed"))
             return response
 
-        response = app.test_client().get("/later")
+        response = app.test_client().get("/later", buffered=True)
         assert (response.text, calls) == ("x", [])
         response.close()
         assert calls == ["closed"]
@@ -367,7 +367,7 @@ class TestStreams:
         return met
 
     def test_keep_the_connection_until_they_end(self, app: Flask, outside: Outside, streamed: list[str]) -> None:
-        response = app.test_client().get("/stream")
+        response = app.test_client().get("/stream", buffered=True)
         assert len(pool_of(app).holders()) == 1
         assert stored(outside) == [1]  # the client may see it with the first line
         assert response.text.split() == [str(n) for n in range(1, 101)]
@@ -377,7 +377,7 @@ class TestStreams:
         assert stored(outside) == [1]  # nobody could be told that the second one failed
 
     def test_return_it_when_the_client_leaves(self, app: Flask, streamed: list[str]) -> None:
-        response = app.test_client().get("/stream")
+        response = app.test_client().get("/stream", buffered=True)
         assert next(iter(response.response)) == b"1\n"
         response.close()
         assert pool_of(app).holders() == []
@@ -398,14 +398,14 @@ class TestStreams:
         def late() -> Response:
             return Response(stream_with_context(str(get_connection()) for _ in range(1)))
 
-        assert exhausted.test_client().get("/late").status_code == 503
+        assert exhausted.test_client().get("/late", buffered=True).status_code == 503
 
 
 class TestWithoutAConnection:
     @pytest.mark.parametrize("testing", [False, True])
     def test_an_exhausted_pool_is_503(self, exhausted: Flask, caplog: pytest.LogCaptureFixture, testing: bool) -> None:
         exhausted.testing = testing
-        response = exhausted.test_client().get("/pid")
+        response = exhausted.test_client().get("/pid", buffered=True)
         assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
         assert response.headers["Cache-Control"] == "no-store"
         assert "not available" in response.text
@@ -418,7 +418,7 @@ class TestWithoutAConnection:
         conn = pool.getconn()
         waiter = Call(get, app, "/pid")
         eventually(pool.waiters)
-        response = app.test_client().get("/pid")
+        response = app.test_client().get("/pid", buffered=True)
         assert (response.status_code, response.headers["Retry-After"]) == (503, "7")
         pool.putconn(conn)
         assert waiter.result()[0] == 200
@@ -426,7 +426,7 @@ class TestWithoutAConnection:
     def test_a_server_that_is_down_is_503(self, make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
         dsn = f"host=127.0.0.1 port={free_port()} dbname=x user=x password={SECRET}"
         app = make_app(config={"dsn": dsn, "outage_wait": 0})
-        response = app.test_client().get("/pid")
+        response = app.test_client().get("/pid", buffered=True)
         assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
         assert SECRET not in caplog.text
         assert "Connection refused" in caplog.text
@@ -436,7 +436,7 @@ class TestWithoutAConnection:
         def tell(error: Any) -> Any:
             return "back soon", 503
 
-        response = exhausted.test_client().get("/pid")
+        response = exhausted.test_client().get("/pid", buffered=True)
         assert (response.text, response.headers["Retry-After"]) == ("back soon", "5")
 
     def test_a_handler_of_the_applications_own(self, exhausted: Flask) -> None:
@@ -552,7 +552,7 @@ class TestNestedApplications:
         @app.route("/twice")
         def twice() -> Any:
             run(get_connection(), "INSERT INTO numbers VALUES (1)")
-            assert app.test_client().get("/add/2").text == "added"
+            assert app.test_client().get("/add/2", buffered=True).text == "added"
             Response.from_app(app.wsgi_app, {**request.environ, "PATH_INFO": "/add/3"})
             assert stored(outside) == []
             assert run(get_connection(), "SELECT count(*) FROM numbers") == 3
