@@ -133,7 +133,7 @@ class TestSettings:
         def both() -> list[str]:
             return [run(get_connection(name), "SHOW transaction_read_only") for name in ("", "reports")]
 
-        assert app.test_client().get("/both", buffered=True).json == ["off", "on"]
+        assert app.test_client().get("/both").json == ["off", "on"]
         assert pool_of(app, "reports").maxconn == 3
         assert pool_of(app, "reports").name == "reports"
 
@@ -325,7 +325,7 @@ class TestTheEnd:
             response.call_on_close(lambda: calls.append("closed"))
             return response
 
-        response = app.test_client().get("/later", buffered=True)
+        response = app.test_client().get("/later")
         assert (response.text, calls) == ("x", [])
         response.close()
         assert calls == ["closed"]
@@ -367,7 +367,7 @@ class TestStreams:
         return met
 
     def test_keep_the_connection_until_they_end(self, app: Flask, outside: Outside, streamed: list[str]) -> None:
-        response = app.test_client().get("/stream", buffered=True)
+        response = app.test_client().get("/stream")
         assert len(pool_of(app).holders()) == 1
         assert stored(outside) == [1]  # the client may see it with the first line
         assert response.text.split() == [str(n) for n in range(1, 101)]
@@ -377,7 +377,7 @@ class TestStreams:
         assert stored(outside) == [1]  # nobody could be told that the second one failed
 
     def test_return_it_when_the_client_leaves(self, app: Flask, streamed: list[str]) -> None:
-        response = app.test_client().get("/stream", buffered=True)
+        response = app.test_client().get("/stream")
         assert next(iter(response.response)) == b"1\n"
         response.close()
         assert pool_of(app).holders() == []
@@ -398,7 +398,7 @@ class TestStreams:
         def late() -> Response:
             return Response(stream_with_context(str(get_connection()) for _ in range(1)))
 
-        assert exhausted.test_client().get("/late", buffered=True).status_code == 503
+        assert exhausted.test_client().get("/late").status_code == 503
 
 
 class TestWithoutAConnection:
@@ -552,7 +552,7 @@ class TestNestedApplications:
         @app.route("/twice")
         def twice() -> Any:
             run(get_connection(), "INSERT INTO numbers VALUES (1)")
-            assert app.test_client().get("/add/2", buffered=True).text == "added"
+            assert app.test_client().get("/add/2").text == "added"
             Response.from_app(app.wsgi_app, {**request.environ, "PATH_INFO": "/add/3"})
             assert stored(outside) == []
             assert run(get_connection(), "SELECT count(*) FROM numbers") == 3
