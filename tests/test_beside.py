@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -27,16 +28,19 @@ import zpgpool
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
+from conftest import missing
 from conftest import run
 from serving import waitress
 from test_proxies import find
 from test_site import APP
 from test_site import folder as folder
 from test_site import serving
+from test_site import share as share
 from test_status import ask
 from zpgpool.__main__ import main
 from zpgpool.errors import SettingError
 from zpgpool.monitor import Beside
+from zpgpool.monitor import Folder
 from zpgpool.monitor import Peers
 from zpgpool.monitor.beside import read_address
 from zpgpool.status import StatusApp
@@ -109,6 +113,46 @@ def test_a_client_that_says_nothing_leaves_a_thread_for_the_next_one() -> None:
         assert has(port)
     finally:
         beside.close()
+
+
+def test_a_client_that_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them would keep both threads for as long as they like, if each byte had its own time."""
+    monkeypatch.setattr("zpgpool.monitor.beside.PATIENCE", 0.3)
+    port, is_over = free_port(), threading.Event()
+    beside = Beside(f"127.0.0.1:{port}", report)
+    beside.start()
+    try:
+        eventually(lambda: has(port))
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+
+        def drip() -> None:
+            while not is_over.wait(0.05):
+                for client in clients:
+                    with suppress(OSError):
+                        client.send(b"x")
+
+        dripping = Call(drip)
+        eventually(lambda: has(port))
+        is_over.set()
+        dripping.result()
+        for client in clients:
+            client.close()
+        with closing(socket.create_connection(("127.0.0.1", port))) as client, suppress(OSError):
+            client.sendall(b"x" * 200_000)
+            assert client.recv(1) == b""
+    finally:
+        beside.close()
+
+
+def test_root_leaves_the_port_to_the_sites_user(share: Path) -> None:
+    if os.getuid() != 0:
+        missing("a second user", "run the tests as root, as CI does")
+    os.chown(share, 65534, 65534)
+    beside = Beside(f"127.0.0.1:{free_port()}", report, Folder(str(share)))
+    before = threading.enumerate()
+    beside.start()
+    assert not [each for each in threading.enumerate() if each not in before]
+    beside.close()
 
 
 def test_an_application_that_fails_ends_no_thread(capfd: Any) -> None:

@@ -116,7 +116,7 @@ class StatusApp:
         except SettingError as error:
             raise SettingError(f"option 'peers': {error}") from None
         self._share = None if share is None else _share(share, registry)
-        self._beside = None if listen is None else Beside(listen, self)
+        self._beside = None if listen is None else Beside(listen, self, self._share.folder if self._share else None)
         self._metrics = _exposition(registry, self._share)
         begin()
         for _, pool in list_pools(registry):

@@ -7,16 +7,20 @@ until it ends; then another one gets it.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 import time
+from io import BytesIO
 from socketserver import TCPServer
+from time import monotonic
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler
 from wsgiref.simple_server import WSGIServer
 
 from ..errors import one_line
 from ..errors import SettingError
+from .folder import Folder
 from .process import log
 from .process import PerProcess
 from .share import SCARCE
@@ -26,16 +30,30 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 
-#: How many threads serve, and how long one waits for a client that says nothing, in seconds.
+#: How many threads serve, and how long a client may take for its request, and again for the answer, in seconds.
 THREADS = 2
 PATIENCE = 2.0
+
+#: A longer head of a request is refused, in bytes.
+LONGEST = 1 << 16
 
 #: How often a process tries to get a port that another one has, in seconds.
 EVERY = 0.5
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = PATIENCE
+    def setup(self) -> None:
+        """Read the request's head whole: with a timeout for each part, a client that drips keeps the thread."""
+        head, until = b"", monotonic() + PATIENCE
+        while b"\r\n\r\n" not in head:
+            self.request.settimeout(max(0.001, until - monotonic()))
+            part = self.request.recv(LONGEST)
+            head += part
+            if not part or len(head) > LONGEST:
+                raise ConnectionError
+        self.request.settimeout(PATIENCE)
+        super().setup()
+        self.rfile = BytesIO(head)
 
     def log_message(self, *args: object) -> None:
         """Log nothing: the site's server has the log of requests."""
@@ -56,10 +74,14 @@ class _Server6(_Server):
 
 
 class Beside(PerProcess):
-    """Serves `app` at `address`, HOST:PORT. Raises SettingError."""
+    """Serves `app` at `address`, HOST:PORT. Raises SettingError.
 
-    def __init__(self, address: str, app: WSGIApplication) -> None:
+    folder -- what the site shares, if it does: then its owner serves, and nobody else.
+    """
+
+    def __init__(self, address: str, app: WSGIApplication, folder: Folder | None = None) -> None:
         self.address = read_address(address)
+        self._folder = folder
         self._app = app
         self._server: _Server | None = None
         super().__init__()
@@ -68,7 +90,13 @@ class Beside(PerProcess):
         return f"the status page at {self.address[0]}:{self.address[1]}"
 
     def begin(self) -> None:
-        """See `PerProcess`: the port may be another process's for as long as that lives."""
+        """See `PerProcess`: the port may be another process's for as long as that lives.
+
+        Root leaves it to what it begins for the site's user, as `Share` does.
+        """
+        if self._folder is not None and os.geteuid() != self._folder.owner:
+            self._pid = 0
+            return
         threading.Thread(target=self._get_port, args=(self._pid,), name="zpgpool-listen", daemon=True).start()
 
     def forget(self) -> None:
