@@ -364,6 +364,22 @@ def test_what_a_peer_may_answer(pages: Callable[[Any], str], status: str, body: 
     assert host in url
 
 
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])
+def test_a_peer_that_does_not_speak_http(answer: bytes) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+
+        def serve() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(answer)
+
+        serving = Call(serve)
+        [(_, _, why)] = Peers([f"http://127.0.0.1:{server.getsockname()[1]}/status"]).snapshots()[1]
+        serving.result()
+    assert why == "what answers there is no status page of zpgpool"
+
+
 def test_one_that_never_answers_is_not_waited_for_and_asked_once_at_a_time() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         peers = Peers([f"http://127.0.0.1:{silent.getsockname()[1]}/status"])

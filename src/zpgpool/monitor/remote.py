@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable
+from http.client import HTTPException
 from time import monotonic
 from urllib.error import HTTPError
 from urllib.error import URLError
@@ -68,7 +69,7 @@ def fetch(request: Request, timeout: float) -> Json:
         raise CommandError(f"no answer: {error.reason}") from None
     except OSError as error:
         raise CommandError(f"no answer: {error}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (HTTPException, ValueError, TypeError, KeyError, RecursionError):
         raise CommandError("what answers there is no status page of zpgpool") from None
 
 
