@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from time import monotonic
-from typing import Any
 from typing import NamedTuple
 
 from .folder import Folder
@@ -75,7 +74,8 @@ def _ask(
                 while waiting and len(selector.get_map()) < AT_A_TIME:
                     place = waiting.pop()
                     try:
-                        selector.register(_connect(folder, place, question), selectors.EVENT_READ, place)
+                        peer = _connect(folder, place, question)
+                        selector.register(peer, selectors.EVENT_READ, (peer, place))
                     except (ConnectionRefusedError, FileNotFoundError):
                         refused.add(place)
                     except OSError:  # it is as good as silent
@@ -84,18 +84,18 @@ def _ask(
                 if left <= 0 or not selector.get_map():
                     return done, refused
                 for key, _ in selector.select(left):
-                    place = key.data
-                    part = _receive(key.fileobj)
+                    peer, place = key.data
+                    part = _receive(peer)
                     parts.setdefault(place, bytearray()).extend(part)
                     if not part or len(parts[place]) > LARGEST:
-                        selector.unregister(key.fileobj)
-                        key.fileobj.close()  # type: ignore[union-attr]  # a socket
+                        selector.unregister(peer)
+                        peer.close()
                         text = parts.pop(place)
                         if not part:
                             done[place] = bytes(text)
         finally:
             for key in list(selector.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
+                key.data[0].close()
 
 
 def _connect(folder: Folder, place: Place, question: bytes) -> socket.socket:
@@ -109,8 +109,8 @@ def _connect(folder: Folder, place: Place, question: bytes) -> socket.socket:
     return peer
 
 
-def _receive(peer: Any) -> bytes:
+def _receive(peer: socket.socket) -> bytes:
     try:
-        return bytes(peer.recv(1 << 18))
+        return peer.recv(1 << 18)
     except OSError:  # it has ended in the middle
         return b""

@@ -6,6 +6,8 @@ import atexit
 import logging
 import os
 import threading
+from abc import ABC
+from abc import abstractmethod
 
 from ..errors import one_line
 
@@ -13,7 +15,7 @@ from ..errors import one_line
 log = logging.getLogger("zpgpool")
 
 
-class PerProcess:
+class PerProcess(ABC):
     """Begins once in each process, and ends with it. Another class says what that is."""
 
     def __init__(self) -> None:
@@ -44,17 +46,17 @@ class PerProcess:
         if self._pid == os.getpid():
             self.end()
 
+    @abstractmethod
     def begin(self) -> None:
         """Start what is to run in this process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Let go of what a fork has brought along, without harm to the parent that has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """End what runs in this process, which ends."""
-        raise NotImplementedError
 
 
 _all: list[PerProcess] = []
