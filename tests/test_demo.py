@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from html import unescape
 from importlib.metadata import version
@@ -24,9 +26,12 @@ import pytest
 from benchmarks.harness import free_port
 from psycopg2.extensions import make_dsn
 
+import zpgpool
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
+from conftest import run
+from zpgpool.demo import load
 
 
 pytestmark = pytest.mark.usefixtures("measured")
@@ -310,6 +315,33 @@ class TestPages:
 
     def test_a_host_that_a_client_made_up_does_no_harm(self, demo: Demo) -> None:
         assert '"><script>' not in demo.ask("/", Host='"><script>').text
+
+
+def test_load_that_is_asked_for_again_lasts_longer(
+    make_pool: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zpgpool.demo.load._sleep", lambda conn: run(conn, "SELECT pg_sleep(0.001)"))
+    now = 0.0
+    pool, made = make_pool(zpgpool.ThreadedConnectionPool), load.Load(lambda: now)
+
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("demo-load-")}
+
+    made.start(pool)
+    started = threads()
+    assert len(started) == pool.maxconn + load.MORE
+    now = load.SECONDS - 0.1
+    made.start(pool)
+    now = load.SECONDS + 0.1
+    before = made._tally.requests
+    eventually(lambda: made._tally.requests > before + 3 * len(started))
+    assert threads() == started  # the same, and no more
+    now = 2 * load.SECONDS
+    eventually(lambda: not threads())
+    made.start(pool)
+    assert len(threads()) == len(started)
+    pool.closeall()
+    eventually(lambda: not threads())
 
 
 def status_of(demo: Demo) -> Any:

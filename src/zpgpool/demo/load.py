@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psycopg2
@@ -34,29 +36,39 @@ class Tally:
 class Load:
     """Makes load for a while each time it is started."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
-        self._until = 0.0
+        self._until = -math.inf
+        #: The threads that make load, by their numbers.
+        self._running: set[int] = set()
         self._tally = Tally()
 
     def start(self, pool: AbstractConnectionPool) -> None:
-        """Make load from now on; harmless while there is some."""
+        """Make load from now on, for SECONDS; where there is some already, it only lasts longer."""
         with self._lock:
-            if time.monotonic() < self._until:
-                return
-            self._until = time.monotonic() + SECONDS
-        for number in range(pool.maxconn + MORE):
-            threading.Thread(target=self._use, args=(pool,), name=f"demo-load-{number}", daemon=True).start()
+            self._until = self._clock() + SECONDS
+            missing = set(range(pool.maxconn + MORE)) - self._running
+            self._running |= missing
+        for number in missing:
+            threading.Thread(target=self._use, args=(pool, number), name=f"demo-load-{number}", daemon=True).start()
 
-    def _use(self, pool: AbstractConnectionPool) -> None:
+    def _goes_on(self, pool: AbstractConnectionPool, number: int) -> bool:
+        with self._lock:  # so that nobody counts on a thread that is about to end
+            if self._clock() < self._until and not pool.closed:
+                return True
+            self._running.discard(number)
+            return False
+
+    def _use(self, pool: AbstractConnectionPool, number: int) -> None:
         with task("the demo's load"):
-            while time.monotonic() < self._until and not pool.closed:
-                begun, failed = time.monotonic(), 0
+            while self._goes_on(pool, number):
+                begun, failed = self._clock(), 0
                 try:
                     pool.run_transaction(_sleep)
                 except psycopg2.Error:
                     failed = 1
-                seconds = time.monotonic() - begun
+                seconds = self._clock() - begun
                 with self._lock:
                     now = self._tally
                     self._tally = Tally(now.requests + 1, now.failed + failed, max(now.longest, seconds))
@@ -66,11 +78,11 @@ class Load:
         self.start(pool)
         time.sleep(BEFORE)
         with self._lock:
-            self._tally, self._until = Tally(), max(self._until, time.monotonic() + SECONDS)
-        begun = time.monotonic()
+            self._tally = Tally()
+        begun = self._clock()
         server.halt()
         server.launch()
-        down = time.monotonic() - begun
+        down = self._clock() - begun
         time.sleep(AFTER)
         with self._lock:
             return down, self._tally
