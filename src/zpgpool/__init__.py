@@ -1,9 +1,11 @@
 """psycopg2 connection pools for Zope, Pyramid and plain WSGI: a drop-in replacement of `psycopg2.pool`."""
 
+from __future__ import annotations
+
 import sys
 import warnings
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .core import AbstractConnectionPool
 from .core import PersistentConnectionPool
@@ -52,7 +54,11 @@ if not getattr(sys, "_is_gil_enabled", lambda: True)():  # since Python 3.13
 __version__ = version("zpgpool")
 
 
-def includeme(config: Any) -> None:
+if TYPE_CHECKING:
+    from pyramid.config import Configurator
+
+
+def includeme(config: Configurator) -> None:
     """What Pyramid's `config.include("zpgpool")` calls; see `zpgpool.pyramid`."""
     from .pyramid import includeme
 

@@ -9,6 +9,7 @@ import os
 import re
 from typing import Any
 from typing import TypeAlias
+from typing import TypeVar
 
 import psycopg2
 from psycopg2.extensions import make_dsn
@@ -20,6 +21,8 @@ from .errors import SettingError
 #: Options and keywords by their names: which has which type, `settings.TABLE` and libpq know, and no type checker.
 Options: TypeAlias = dict[str, Any]
 
+Given = TypeVar("Given")
+
 
 def is_libpq_keyword(name: str) -> bool:
     """Whether libpq knows `name` as part of a connection string (PostgreSQL documentation, section 32.1.2)."""
@@ -30,7 +33,7 @@ def is_libpq_keyword(name: str) -> bool:
     return True
 
 
-def read_environment(dsn: Any) -> Any:
+def read_environment(dsn: Given) -> Given | str:
     """Return `dsn`, or, where it is `ENV:NAME`, what the environment has under NAME.
 
     Raises SettingError when the environment has nothing there.
@@ -43,10 +46,10 @@ def read_environment(dsn: Any) -> Any:
     return os.environ[name]
 
 
-def check_dsn(dsn: Any) -> None:
+def check_dsn(dsn: object) -> None:
     """Raise SettingError when libpq cannot read `dsn`, without showing any of it."""
     try:
-        ports = parse_dsn(dsn).get("port", "")
+        ports = parse_dsn(dsn).get("port", "")  # type: ignore[arg-type]  # it says itself what it cannot take
     except (psycopg2.Error, TypeError):
         ports = "none"
     if not re.fullmatch(r"[\d,]*", ports):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from collections.abc import Mapping
-from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -44,6 +43,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIApplication
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
@@ -86,12 +86,12 @@ def init_app(app: flask.Flask) -> None:
     registry = Components(app.name)
     pools = _collect(app.config.get("ZPGPOOL", {}))
     keys = [lease_keys[_lease_name(app, name)] for name in pools]
-    outermost: Any = _Inner(app.wsgi_app, keys)
+    outermost: WSGIApplication = _Inner(app.wsgi_app, keys)
     for name, options in pools.items():
         pool = _make(name, options, registry)
         outermost = PoolMiddleware(outermost, pool, _lease_name(app, name), retry_after=seconds, registry=registry)
     app.extensions["zpgpool"] = registry
-    app.wsgi_app = outermost  # type: ignore[method-assign]  # as Flask's documentation wraps it
+    app.wsgi_app = outermost  # type: ignore[assignment, method-assign]  # as Flask's documentation wraps it
 
     @app.after_request
     def commit_leases(response: flask.Response) -> flask.Response:
@@ -193,7 +193,7 @@ def _leases(environ: WSGIEnvironment, keys: Iterable[str]) -> list[Lease]:
 class _Inner:
     """Flask's own application, within the middleware, which knows nothing of Flask."""
 
-    def __init__(self, app: Any, keys: Iterable[str]) -> None:
+    def __init__(self, app: WSGIApplication, keys: Iterable[str]) -> None:
         self._app = app
         self._keys = keys
 

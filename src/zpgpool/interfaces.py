@@ -9,7 +9,6 @@ Knows zope.interface only.
 
 from __future__ import annotations
 
-from typing import Any
 from typing import TYPE_CHECKING
 
 from zope.interface import Attribute
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from psycopg2.extensions import connection as Connection
+
+    from .types import Owner
 
 
 class IConnectionPool(Interface):
@@ -145,16 +146,16 @@ class IPersistentConnectionPool(IConnectionPool):
     def putconn(conn: Connection | None = None, close: bool = False) -> None:
         """See `IConnectionPool`. Returns the calling thread's connection, which `conn` must be if it is given."""
 
-    def owner() -> Any:
+    def owner() -> Owner:
         """Return the calling thread as this pool knows it: opaque, for `connection_of` and `putconn_of`."""
 
-    def connection_of(owner: Any) -> Connection | None:
+    def connection_of(owner: Owner) -> Connection | None:
         """Return the connection that the thread `owner` has, from any thread.
 
         None when it has none, or a checkout returns it.
         """
 
-    def putconn_of(owner: Any, close: bool = False) -> bool:
+    def putconn_of(owner: Owner, close: bool = False) -> bool:
         """Return the connection of the thread `owner` to the pool, from any thread; say whether it had one.
 
         For whoever ends a thread's work on its behalf, while the thread itself does not use the connection.
@@ -164,7 +165,7 @@ class IPersistentConnectionPool(IConnectionPool):
 class IConnectionPoolFactory(Interface):
     """Makes pools; registered as a utility under the name of its kind: `simple`, `threaded`, `persistent`."""
 
-    def __call__(minconn: int, maxconn: int, *args: Any, **kwargs: Any) -> IConnectionPool:
+    def __call__(minconn: int, maxconn: int, *args: object, **kwargs: object) -> IConnectionPool:
         """Return a new `IConnectionPool`. The arguments are those of `zpgpool.AbstractConnectionPool`."""
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
-from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from .datamanager import get_connection as get_transactions_connection
 from .interfaces import IConnectionPool
@@ -36,8 +38,16 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIApplication
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
+    from pyramid.config import Configurator
+    from pyramid.registry import Registry
+    from pyramid.request import Request
+    from pyramid.router import Router
+
+    #: See `pyramid.interfaces.IExecutionPolicy`.
+    Policy: TypeAlias = Callable[[WSGIEnvironment, Router], WSGIApplication]
 
 
 PREFIX = "zpgpool."
@@ -51,7 +61,7 @@ KNOWN = {*OWN_OPTIONS, *TABLE, "dsn"} - {"name"}
 LAST = 1000
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Make the pools that the settings describe, register them in the application's registry, and serve them.
 
     `zpgpool.dsn` and `zpgpool.maxconn` are about the unnamed pool, which is `request.pgconn`'s, `zpgpool.reports.dsn`
@@ -70,7 +80,7 @@ def includeme(config: Any) -> None:
     config.add_request_method(get_connection, "pgconn", property=True)
 
 
-def get_connection(request: Any, name: str = "") -> Connection:
+def get_connection(request: Request, name: str = "") -> Connection:
     """Return the connection to the pool `name` for `request`: what `request.pgconn` is.
 
     While a transaction of `request.tm` is the request's (pyramid_tm, repoze.tm2, or a script), it is that
@@ -97,7 +107,7 @@ def _collect(settings: Options) -> dict[str, Options]:
     return pools or {"": {}}
 
 
-def _include(config: Any, name: str, options: Options) -> Options:
+def _include(config: Configurator, name: str, options: Options) -> Options:
     """Have the pool `name` made when the configuration is committed, and return the options of its middleware."""
     prefix = f"{PREFIX}{name}." if name else PREFIX
     try:
@@ -131,18 +141,18 @@ def _include(config: Any, name: str, options: Options) -> Options:
     return served
 
 
-def _serving(policy: Any, served: Mapping[str, Options], registry: Any) -> Any:
+def _serving(policy: Policy, served: Mapping[str, Options], registry: Registry) -> Policy:
     """Return an execution policy: `policy`, with the pools' connections for the time of each request."""
 
-    def execute(environ: WSGIEnvironment, router: Any) -> Any:
+    def execute(environ: WSGIEnvironment, router: Router) -> WSGIApplication:
         # The router calls what it gets as a WSGI application. So the middleware has the body, too, which no callback
         # of Pyramid sees, and all attempts of pyramid_retry.
-        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
             return policy(environ, router)(environ, start_response)
 
         if "repoze.tm.active" in environ:
             return app  # it commits later than this request ends, and its transaction has the connection until then
-        outermost: Any = app
+        outermost: WSGIApplication = app
         for name, options in served.items():
             outermost = PoolMiddleware(outermost, name=name, registry=registry, **options)
         return outermost

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from datetime import timedelta
 from datetime import timezone
-from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -36,6 +35,8 @@ from .settings import SettingError
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
     from psycopg2.extensions import Xid
+    from ZODB.BaseStorage import BaseStorage
+    from ZODB.config import BaseConfig
 
 
 #: A transaction was begun at most this long before it was prepared, in ZODB's eyes: how far back its commits are read.
@@ -154,7 +155,7 @@ def committed_in_zodb(source: str, since: datetime) -> tuple[set[str], bool]:
 
 
 @contextmanager
-def _storages(source: str) -> Iterator[list[Any]]:
+def _storages(source: str) -> Iterator[list[BaseStorage]]:
     storages = list(_open(source))
     try:
         yield storages
@@ -163,7 +164,7 @@ def _storages(source: str) -> Iterator[list[Any]]:
             storage.close()
 
 
-def _open(source: str) -> Iterable[Any]:
+def _open(source: str) -> Iterable[BaseStorage]:
     if "://" in source:
         factory, _ = importlib.import_module("zodburi").resolve_uri(source)
         return [factory()]
@@ -174,7 +175,7 @@ def _open(source: str) -> Iterable[Any]:
     return [_open_read_only(config) for config in _storage_configs(source)]
 
 
-def _storage_configs(source: str) -> list[Any]:
+def _storage_configs(source: str) -> list[BaseConfig]:
     """Return the storages' factories of a ZODB or a Zope configuration file."""
     with open(source) as file:
         is_zope = "<zodb_db" in file.read()
@@ -186,7 +187,7 @@ def _storage_configs(source: str) -> list[Any]:
     return [database.config.storage for database in config.database]
 
 
-def _open_read_only(factory: Any) -> Any:
+def _open_read_only(factory: BaseConfig) -> BaseStorage:
     if hasattr(factory.config, "read_only"):
         factory.config.read_only = True
     return factory.open()

@@ -59,7 +59,7 @@ def register_pool(pool: Pool, name: str = "", registry: Components | None = None
     the registry is left alone, and hidden here.
     """
     registry = getGlobalSiteManager() if registry is None else registry
-    own: Any = registry
+    own: Any = registry  # its own utilities, which have no types
     if own.utilities.registered((), IConnectionPool, name) is not None:
         raise PoolError(f"a pool is registered as {name!r} already: unregister_pool({name!r}) first")
     if IPoolInternals.providedBy(pool):

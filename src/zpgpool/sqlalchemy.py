@@ -1,7 +1,8 @@
 """SQLAlchemy: `create_engine("postgresql+psycopg2://", poolclass=pool_class("main"))` is an engine on a pool.
 
 SQLAlchemy has a record of each connection, and sends the event `connect` when it makes one. So a record is kept while
-its connection rests in the pool: the listeners, and the driver's own set-up, see each connection once.
+its connection rests in the pool: the listeners, and the driver's own set-up, see each connection once. `Any` stands for
+its records and connections: its types know no attributes of psycopg2's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.event.base import _DispatchCommon
+    from sqlalchemy.event.registry import _ListenerFnType
+    from sqlalchemy.log import _EchoFlagType
     from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.pool.base import _ConnDialect
+    from sqlalchemy.pool.base import _ResetStyleArgType
     from zope.interface.registry import Components
 
 
@@ -74,10 +81,10 @@ SESSION = ("encoding", "isolation_level", "readonly", "deferrable", "autocommit"
 class _Record(_ConnectionRecord):
     """What SQLAlchemy knows of one connection of the pool. Refers to it only while it is in use."""
 
-    def __init__(self, pool: _Pool, conn: Any) -> None:
+    def __init__(self, pool: _Pool, conn: Connection) -> None:
         before = [getattr(conn, name) for name in SESSION]
         #: What the pool's creator, which is called now, returns.
-        self.given = conn
+        self.given: Connection | None = conn
         super().__init__(pool)
         after = [getattr(conn, name) for name in SESSION]
         self._session = [(name, new) for name, old, new in zip(SESSION, before, after, strict=True) if new != old]
@@ -100,21 +107,22 @@ class _Pool(sqlalchemy.pool.Pool):
     def __init__(
         self,
         creator: object,
-        echo: Any = None,
+        echo: _EchoFlagType = None,
         logging_name: str | None = None,
-        reset_on_return: Any = True,  # before what SQLAlchemy itself restores; the pool finds nothing to roll back then
-        events: Any = None,
-        dialect: Any = None,
-        _dispatch: Any = None,
+        # Before what SQLAlchemy itself restores. The pool then finds nothing to roll back.
+        reset_on_return: _ResetStyleArgType = True,
+        events: list[tuple[_ListenerFnType, str]] | None = None,
+        dialect: _ConnDialect | Dialect | None = None,
+        _dispatch: _DispatchCommon[sqlalchemy.pool.Pool] | None = None,
     ) -> None:
         driver = getattr(dialect, "driver", "psycopg2")
         if driver != "psycopg2":
             raise ArgumentError(f"zpgpool has connections of psycopg2, not of {driver}: use postgresql+psycopg2://")
-        connect: Any = self._connect
+        connect: Any = self._connect  # under another name of the argument
         super().__init__(connect, -1, echo, logging_name, reset_on_return, events, dialect, _dispatch=_dispatch)
         self._source: Pool | None = None
         #: The records of the connections that rest in the pool.
-        self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
+        self._records: WeakKeyDictionary[Connection, _Record] = WeakKeyDictionary()
 
     @property
     def source(self) -> Pool:
@@ -173,7 +181,7 @@ class _Pool(sqlalchemy.pool.Pool):
 
     def dispose(self) -> None:
         """Replace all connections of the pool: those in use when they are returned."""
-        source: Any = self._source
+        source: object = self._source
         if IPoolManagement.providedBy(source):
             with suppress(PoolError):
                 source.drain()

@@ -12,13 +12,11 @@ import os
 import socket
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from string import Template
 from time import monotonic
-from typing import Any
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 from urllib.parse import quote
@@ -148,7 +146,7 @@ class StatusApp:
             )
         return page(environ)
 
-    def _is_open_to(self, environ: Mapping[str, Any]) -> bool:
+    def _is_open_to(self, environ: WSGIEnvironment) -> bool:
         scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         if self._token is not None and scheme.lower() == "bearer":
             if hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token):
@@ -231,7 +229,7 @@ def _is_local(host: str) -> bool:
     return name.lower() == "localhost" or _is_loopback(name)
 
 
-def _exposition(registry: Components | None, share: Share | None) -> Any:
+def _exposition(registry: Components | None, share: Share | None) -> Callable[[WSGIEnvironment], Response] | None:
     """Return what answers `/metrics`, or None without the extra `metrics`."""
     try:
         from prometheus_client import CollectorRegistry

@@ -5,6 +5,7 @@ Zope's publisher, pyramid_retry and `transaction.attempts()` look for that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -47,7 +48,7 @@ def note(error: psycopg2.Error) -> None:
     is_transient = is_retryable(error)
     fail_over(error)
     if is_transient and not isinstance(error, TransientError):
-        error_class: Any = type(error)
+        error_class: Any = type(error)  # mypy takes it for a class without __hash__
         error.__class__ = _transient(error_class)
 
 
@@ -56,10 +57,10 @@ def _transient(error_class: Any) -> Any:
     return type(error_class.__name__, (error_class, TransientError), {"__module__": __name__})
 
 
-def _telling(name: str) -> Any:
+def _telling(name: str) -> Callable[..., object]:
     """Return a cursor's method `name` whose errors are transient, where they are."""
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: _TransientMixin, *args: object, **kwargs: object) -> object:
         try:
             return getattr(super(_TransientMixin, self), name)(*args, **kwargs)
         except psycopg2.Error as error:
@@ -95,7 +96,7 @@ def default_factory(conn: Connection) -> Any:
 
 
 @cache
-def transient_cursor(factory: Any) -> Any:
+def transient_cursor(factory: Any) -> Any:  # whatever psycopg2 takes: a class, a function, None
     """Return a subclass of the cursor class `factory` whose retryable errors are transient; anything else as it is."""
     if not isinstance(factory, type):
         return factory

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from typing import Protocol
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from .interfaces import IObserver
     from .settings import PoolSettings
+
+
+#: A thread as a pool knows it. `Any`: only the pool that gave it knows what it is.
+Owner: TypeAlias = Any
 
 
 class Checkout(Protocol):
@@ -74,13 +79,13 @@ class KeyedPool(Pool, Protocol):
 
 
 class PersistentPool(Pool, Protocol):
-    """See `IPersistentConnectionPool`. An owner is `Any`: what only the pool that gave it knows."""
+    """See `IPersistentConnectionPool`."""
 
-    def owner(self) -> Any: ...
+    def owner(self) -> Owner: ...
 
-    def connection_of(self, owner: Any) -> Connection | None: ...
+    def connection_of(self, owner: Owner) -> Connection | None: ...
 
-    def putconn_of(self, owner: Any, close: bool = False) -> bool: ...
+    def putconn_of(self, owner: Owner, close: bool = False) -> bool: ...
 
 
 class Transaction(Protocol):

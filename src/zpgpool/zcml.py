@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zope.component import getSiteManager
 
@@ -26,6 +26,12 @@ try:
     from zope.schema import Text
 except ImportError as error:
     raise ImportError(f"ZCML needs more packages: pip install 'zpgpool[zcml]' ({error})", name=error.name) from None
+
+
+if TYPE_CHECKING:
+    from zope.configuration.config import ConfigurationContext
+
+    from .types import Pool
 
 
 #: The keywords of libpq that the schema names; the directive takes every one.
@@ -59,7 +65,7 @@ IPoolDirective = InterfaceClass("IPoolDirective", (Interface,), _fields(), "Make
 IPoolDirective.setTaggedValue("keyword_arguments", True)
 
 
-def pool(_context: Any, /, class_: str = "persistent", name: str = "", **options: str) -> None:
+def pool(_context: ConfigurationContext, /, class_: str = "persistent", name: str = "", **options: str) -> None:
     """Handle the directive `pool`: the `IConnectionPool` utility `name` of the registry that is configured."""
     where = repr(_context.info)  # its str() shows the directive's text, and the password with it
     _context.action(
@@ -71,7 +77,7 @@ def pool(_context: Any, /, class_: str = "persistent", name: str = "", **options
 
 
 #: What the directive made, for as long as somebody uses it.
-_made: weakref.WeakSet[Any] = weakref.WeakSet()
+_made: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 def _make(kind: str, options: Mapping[str, str], where: str) -> None:

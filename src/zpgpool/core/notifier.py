@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import psycopg2
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("zpgpool")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Notifier:
@@ -99,7 +103,7 @@ class Notifier:
         """Let the observers do what is due, and return when to come again (monotonic seconds)."""
         return self._call(lambda observer: observer.maintain(now))
 
-    def _call(self, method: Callable[[IObserver], Any]) -> list[Any]:
+    def _call(self, method: Callable[[IObserver], T]) -> list[T]:
         """Return what the observers do. What one of them raises is logged, and stops nothing."""
         done = []
         for observer in list(self.observers):
@@ -110,11 +114,11 @@ class Notifier:
         return done
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Callable[P, T]) -> Callable[P, T | None]:
     """Return a function that calls `method` as long as its object lives, which it does not keep alive."""
     weak_method = weakref.WeakMethod(method)
 
-    def call(*args: Any, **keywords: Any) -> Any:
+    def call(*args: P.args, **keywords: P.kwargs) -> T | None:
         found = weak_method()
         return None if found is None else found(*args, **keywords)
 

@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from functools import partial
-from typing import Any
 
 
 class _PollFd(ctypes.Structure):
@@ -22,7 +21,7 @@ class _PollFd(ctypes.Structure):
 
 
 @cache
-def _poll() -> Any:
+def _poll() -> Callable[..., int]:
     return ctypes.PyDLL(None).poll
 
 

@@ -49,17 +49,17 @@ class Watched(Connection):
         with _noted(self):
             super().__delattr__(name)
 
-    def set_session(self, *args: Any, **keywords: Any) -> None:
+    def set_session(self, *args: object, **keywords: object) -> None:
         with _noted(self):
-            super().set_session(*args, **keywords)
+            super().set_session(*args, **keywords)  # type: ignore[arg-type]  # psycopg2 checks them
 
-    def set_isolation_level(self, *args: Any) -> None:
+    def set_isolation_level(self, *args: object) -> None:
         with _noted(self):
-            super().set_isolation_level(*args)
+            super().set_isolation_level(*args)  # type: ignore[arg-type]
 
-    def set_client_encoding(self, *args: Any) -> None:
+    def set_client_encoding(self, *args: object) -> None:
         with _noted(self):
-            super().set_client_encoding(*args)
+            super().set_client_encoding(*args)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         with _noted(self):
@@ -80,7 +80,7 @@ def mark(conn: Connection, is_touched: bool) -> None:
     Connection.__setattr__(conn, "is_touched", is_touched)
 
 
-def _watch(factory: Any) -> Any:
+def _watch(factory: Any) -> Any:  # a class, of whatever metaclass
     names = {"__slots__": ("is_touched",), "__module__": factory.__module__, "__doc__": factory.__doc__}
     return type(factory)(factory.__name__, (factory, Watched), names)
 
@@ -89,7 +89,7 @@ def _watch(factory: Any) -> Any:
 PLAIN: Any = type("connection", (Watched,), {"__slots__": ("is_touched",), "__module__": Connection.__module__})
 
 
-def watched(factory: Any) -> Any:
+def watched(factory: Any) -> Any:  # whatever psycopg2 takes: a class, or a function
     """Return a class of connections like `factory`'s, watched; whatever cannot be watched comes back as it is.
 
     The class has the name of the user's own, and adds no `__dict__`.
@@ -150,7 +150,7 @@ def forget_messages(conn: Connection) -> None:
 
 def set_up(conn: Connection, settings: PoolSettings) -> None:
     """Give a new session, or one that was discarded, what is configured. Raises PoolError, and what psycopg2 does."""
-    session: dict[str, Any] = {name: getattr(settings, name) for name in SESSION}
+    session = {name: getattr(settings, name) for name in SESSION}
     if session["autocommit"] == "safe":
         session["autocommit"] = None  # until a request of a safe method has it
     if any(value is not None for value in session.values()):

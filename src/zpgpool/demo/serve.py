@@ -14,7 +14,6 @@ from importlib.resources import as_file
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psycopg2
 
@@ -92,7 +91,7 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         # The error of a misplaced % quotes what follows it, which may be a password.
         what = "a % in a value is written %%" if isinstance(error, InterpolationError) else one_line(error)
         raise CommandError(f"cannot load {ini}: {what}") from None
-    server: Any = create_server(app, sockets=[listening], threads=THREADS, ident="zpgpool demo")
+    server = create_server(app, sockets=[listening], threads=THREADS, ident="zpgpool demo")
     stack.callback(server.close)
     # A query that runs is cancelled with its pool; waitress would wait 5 seconds for it before.
     dispatcher = server.task_dispatcher

@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import chain
 from itertools import count
 from typing import Any
+from typing import TYPE_CHECKING
 
 import psycopg2
 from django.core.exceptions import ImproperlyConfigured
@@ -27,6 +28,10 @@ from ..settings import Options
 from ..settings import read_options
 from ..settings import TABLE
 from . import Unavailable
+
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
 
 
 if is_psycopg3:
@@ -49,7 +54,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
     """
 
     #: psycopg2's connection, if there is one now.
-    connection: Any
+    connection: Any  # None where Django knows that there is one, too
 
     #: Where it came from, and goes back to.
     _source: ThreadedConnectionPool | None = None
@@ -162,7 +167,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 settings["autocommit"] = True  # as Django wants it
             template, configure = self.copy(), settings["configure"]
 
-            def set_up(conn: Any) -> None:
+            def set_up(conn: Connection) -> None:
                 # Another one for each connection: several are opened at a time, each in a thread of its own.
                 wrapper = template.copy(NO_DB_ALIAS)
                 wrapper.connection = conn

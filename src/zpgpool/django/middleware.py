@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 from django.core.signals import got_request_exception
 from django.http import HttpRequest
@@ -59,7 +58,7 @@ def _find(error: BaseException | None) -> Unavailable | None:
     return error
 
 
-def _remember(sender: Any, request: HttpRequest | None = None, **named: Any) -> None:
+def _remember(sender: object, request: HttpRequest | None = None, **named: object) -> None:
     error = _find(sys.exc_info()[1])
     if request is not None and error is not None:
         request.__dict__[FAILED] = error

@@ -6,10 +6,16 @@ import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
+from typing import TYPE_CHECKING
+from typing import TypeGuard
 
 from ..core import lag_of
 from .history import BOUNDS
 from .history import history_of
+
+
+if TYPE_CHECKING:
+    from ..types import Pool
 
 
 #: The pools' own counters that are shown.
@@ -32,10 +38,10 @@ Reading = dict[str, dict[str, Any]]
 Readings = dict[str, Reading]
 
 
-def read(pool: Any) -> Reading:
+def read(pool: Pool) -> Reading:
     """Return the numbers of a pool."""
     stats, history, lag = pool.get_stats(), history_of(pool), lag_of(pool)
-    gauges = {
+    gauges: dict[str, float] = {
         "used": max(0, stats["pool_size"] - stats["pool_available"]),
         "idle": stats["pool_available"],
         "max": stats["pool_max"],
@@ -73,12 +79,12 @@ def counted(readings: Readings) -> Readings:
     return {name: {**reading, "gauges": {}} for name, reading in readings.items()}
 
 
-def is_readings(value: object) -> bool:
+def is_readings(value: object) -> TypeGuard[Readings]:
     """Whether `value`, which was read from a file or a socket, is of the form of Readings."""
     return isinstance(value, dict) and all(isinstance(name, str) and _is_reading(each) for name, each in value.items())
 
 
-def _is_reading(value: Any) -> bool:
+def _is_reading(value: object) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(kind), dict) for kind in KINDS):
         return False
     numbers = [*value["gauges"].values(), *value["counters"].values()]
@@ -88,7 +94,7 @@ def _is_reading(value: Any) -> bool:
 KINDS = ("gauges", "counters", "times")
 
 
-def _is_time(value: Any) -> bool:
+def _is_time(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
@@ -106,10 +112,10 @@ class Ledger:
     """What the pools of this process have counted: a pool that is there no more stays in it, as it was last seen."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, weakref.ref[Any]], Reading] = {}
+        self._seen: dict[tuple[str, weakref.ref[Pool]], Reading] = {}
         self._gone: Readings = {}
 
-    def read(self, pools: Iterable[tuple[str, Any]]) -> Readings:
+    def read(self, pools: Iterable[tuple[str, Pool]]) -> Readings:
         """Return the sums by name; the gauges are those of `pools`, (name, pool) pairs."""
         for key in [key for key in self._seen if key[1]() is None]:
             self._gone = add([self._gone, {key[0]: self._seen.pop(key)}])

@@ -16,7 +16,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
-from typing import Any
 from typing import NamedTuple
 
 from ..errors import SettingError
@@ -121,7 +120,7 @@ class Folder:
             raise
         return server
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str) -> object:
         """Return the JSON of a file of ours; None where there is none that can be ours. Raises OSError."""
         try:
             file = os.open(self.join(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -137,7 +136,7 @@ class Folder:
                 return json.loads(opened.read(LARGEST))
         return None
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: object) -> None:
         """Write a file of ours, whole or not at all. Raises OSError."""
         path = self.join(name)
         new = f"{path}.new"

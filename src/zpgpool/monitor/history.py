@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from ..interfaces import IPoolManagement
 
 
 if TYPE_CHECKING:
+    from ..types import Pool
     from ..types import Waiter
 
 
@@ -112,7 +112,7 @@ class Times:
 class History:
     """What is kept of one pool."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = weakref.ref(pool)
         self.forget()
 
@@ -198,13 +198,13 @@ def _renew_lock() -> None:
 
 os.register_at_fork(after_in_child=_renew_lock)
 
-_histories: weakref.WeakKeyDictionary[Any, History] = weakref.WeakKeyDictionary()
+_histories: weakref.WeakKeyDictionary[Pool, History] = weakref.WeakKeyDictionary()
 
 #: Who wants each single time.
 _exporters: list[object] = []
 
 
-def waiters_of(pool: Any) -> Sequence[Waiter]:
+def waiters_of(pool: Pool) -> Sequence[Waiter]:
     """Return who waits for a connection of `pool`, as far as it tells."""
     return pool.waiters() if IPoolManagement.providedBy(pool) else ()
 
@@ -221,7 +221,7 @@ def begin(exporter: object = None) -> None:
             zope.event.subscribers.append(_hear)
 
 
-def history_of(pool: Any) -> History:
+def history_of(pool: Pool) -> History:
     """Return the history of `pool`, which begins with the first call."""
     with _lock:
         history = _histories.get(pool)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Iterable
-from typing import Any
 
 from .counters import add
 from .counters import counted
@@ -71,5 +70,5 @@ def _read_sum(folder: Folder) -> tuple[Readings, set[str]]:
     return _readings(value.get("numbers")), {each for each in value["added"] if isinstance(each, str)}
 
 
-def _readings(value: Any) -> Readings:
+def _readings(value: object) -> Readings:
     return value if is_readings(value) else {}

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
-from typing import Any
 
 from ..errors import one_line
+from ..types import Pool
 from .ask import Answers
 from .ask import ask_all
 from .ask import DEADLINE
@@ -41,7 +41,7 @@ from .snapshot import describe
 from .snapshot import Json
 
 
-Pools = Sequence[tuple[str, Any]]
+Pools = Sequence[tuple[str, Pool]]
 
 SILENT = f"no answer within {DEADLINE * 1000:.0f} ms"
 OTHER = "its answer is of another version of zpgpool"

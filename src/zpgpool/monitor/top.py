@@ -34,6 +34,7 @@ from .snapshot import time_of_day
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -151,7 +152,7 @@ def draw(snapshot: Json) -> Group:
     return Group(head, *_site(snapshot), *(parts or [Text("No pool is registered.")]))
 
 
-def _site(snapshot: Json) -> Iterator[Any]:
+def _site(snapshot: Json) -> Iterator[RenderableType]:
     """Yield the processes of a site, where there are several."""
     from rich.text import Text
 
@@ -177,7 +178,7 @@ def _failed(error: str, frame: Group) -> Group:
     return Group(Text(f"{time.strftime('%H:%M:%S')} {error}", style="bold red"), frame)
 
 
-def _pool(pool: Json) -> Iterator[Any]:
+def _pool(pool: Json) -> Iterator[RenderableType]:
     from rich.text import Text
 
     mood, words = verdict(pool)

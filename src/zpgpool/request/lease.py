@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from ..types import KeyedPool
+    from ..types import Owner
     from ..types import PersistentPool
     from ..types import Pool
 
@@ -86,7 +87,7 @@ class Lease(Work):
 
     #: The pool, where the connection is the thread's that `_owner` stands for: see `ThreadLease`.
     _thread_pool: PersistentPool | None = None
-    _owner: Any = None
+    _owner: Owner = None
 
     #: Whether the request reads only, and its pool has `autocommit = safe`.
     commits_at_once = False

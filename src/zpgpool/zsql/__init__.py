@@ -6,9 +6,11 @@ configured in ZCML or in the ini file. Statements run on the transaction's conne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import localtime
 from time import strftime
 from typing import Any
+from typing import TYPE_CHECKING
 
 import psycopg2
 from psycopg2 import DATETIME
@@ -39,6 +41,13 @@ try:
     from Shared.DC.ZRDB.Connection import Connection as ConnectionBase
 except ImportError as error:
     raise ImportError(f"zpgpool.zsql needs the extra zpgpool[zsql]: {error}") from None
+
+
+if TYPE_CHECKING:
+    from App.ProductContext import ProductContext
+    from OFS.ObjectManager import ObjectManager
+    from psycopg2.extensions import Column
+    from ZPublisher.HTTPRequest import HTTPRequest
 
 
 ADD_PERMISSION = "Add zpgpool Database Connections"
@@ -73,11 +82,11 @@ COLUMNS = """
 """
 
 
-def _date_time(text: Any, cursor: object) -> Any:
+def _date_time(text: Any, cursor: object) -> DateTime | str | None:
     return text if text is None or text.endswith("infinity") else DateTime(text)
 
 
-def _time(text: Any, cursor: object) -> Any:
+def _time(text: Any, cursor: object) -> DateTime | None:
     return None if text is None else DateTime(f"{strftime('%Y-%m-%d', localtime())} {text}")
 
 
@@ -97,8 +106,8 @@ class Database:
         self.zdatetime = zdatetime
 
     def query(
-        self, query_string: str, max_rows: int | None = None, query_data: Any = None
-    ) -> tuple[list[dict[str, Any]], list[tuple[Any, ...]]]:
+        self, query_string: str, max_rows: int | None = None, query_data: Sequence[object] | None = None
+    ) -> tuple[list[dict[str, object]], list[tuple[object, ...]]]:
         r"""Run statements, separated by `\0`; return the description of the columns, and the rows of the one SELECT.
 
         At most `max_rows` of them (all: None or 0). `query_data` are psycopg2's parameters.
@@ -106,8 +115,8 @@ class Database:
         Raises psycopg2's errors as they are: those that a retry may mend are `TransientError`s, too, which Zope
         retries. After any other the transaction cannot commit: nothing is rolled back, and then half committed.
         """
-        description: Any = None
-        rows: list[tuple[Any, ...]] = []
+        description = None
+        rows: list[tuple[object, ...]] = []
         with get_connection(self.pool_name).cursor() as cursor:
             if self.zdatetime:
                 for each in ZOPE_TYPES:
@@ -133,13 +142,13 @@ class Database:
             for name, kind, short in self._fetch(COLUMNS, table_name)
         ]
 
-    def _fetch(self, sql: str, *args: str) -> list[tuple[Any, ...]]:
+    def _fetch(self, sql: str, *args: str) -> list[tuple[str, ...]]:
         with get_connection(self.pool_name).cursor() as cursor:
             cursor.execute(sql, args or None)
             return cursor.fetchall()
 
 
-def _column(column: Any) -> dict[str, Any]:
+def _column(column: Column) -> dict[str, object]:
     return {
         "name": column.name,
         "type": next((letter for type_, letter in LETTERS if column.type_code in type_.values), "s"),
@@ -185,7 +194,7 @@ class Connection(ConnectionBase):
         title: str,
         pool_name: str = "",
         zdatetime: bool = False,
-        REQUEST: Any = None,
+        REQUEST: HTTPRequest | None = None,
     ) -> None:
         """Change the properties, from the form."""
         self.edit(title, pool_name, zdatetime)
@@ -198,7 +207,7 @@ class Connection(ConnectionBase):
 
     def connected(self) -> bool:
         """Whether there is a pool to use."""
-        pool: Any = query_pool(self.pool_name)
+        pool = query_pool(self.pool_name)
         return pool is not None and not pool.closed
 
     def title_or_id(self) -> str:
@@ -212,7 +221,7 @@ class Connection(ConnectionBase):
         return repr(pool) if pool is not None else f"no pool is registered as {self.pool_name!r}"
 
     @security.protected(view_management_screens)
-    def browse(self) -> list[dict[str, Any]]:
+    def browse(self) -> list[dict[str, object]]:
         """Return the tables with their columns, for the tab of that name; none without a pool."""
         try:
             database = self()
@@ -227,19 +236,19 @@ add_form = PageTemplateFile("add.pt", globals())
 
 
 def add_connection(
-    self: Any,
+    self: ObjectManager,
     id: str,
     title: str = "",
     pool_name: str = "",
     zdatetime: bool = False,
-    REQUEST: Any = None,
-) -> Any:
+    REQUEST: HTTPRequest | None = None,
+) -> object:
     """Add a connection object to a folder, from the form or a script."""
     self._setObject(id, Connection(id, title, pool_name, zdatetime))
     return None if REQUEST is None else self.manage_main(self, REQUEST)
 
 
-def initialize(context: Any) -> None:
+def initialize(context: ProductContext) -> None:
     """Register the class with Zope (`five:registerPackage` in configure.zcml)."""
     context.registerClass(
         Connection,
