@@ -699,7 +699,7 @@ class TestPaste:
         ("options", "message"),
         [
             ("tokn = x", "unknown option 'tokn' (known: listen, loopback, peers, share, show_sql, token)"),
-            ("loopback = no", "option 'loopback': expected true where no token is given: nobody could see the page"),
+            ("loopback = no", "option 'loopback': expected true where no token is given: no client could see the page"),
             ("loopback = perhaps", "option 'loopback': expected true or false"),
             ("show_sql = maybe", "option 'show_sql': expected true or false"),
             (f"token = {SECRET}", "option 'token': expected ENV:NAME"),

@@ -72,7 +72,7 @@ def _is_misread(dsn: str) -> bool:
     return authority.count("@") > 1 or "@" in database
 
 
-#: The parts of a connection string that tell where the server is, and who comes there.
+#: The parts of a connection string that tell where the server is, and which user connects.
 PRIVATE = ("password", "user", "host", "hostaddr", "dbname", "service", "passfile", "sslpassword", "sslkey")
 
 QUOTED = re.compile(r'"[^"]*"|«[^»]*»|»[^«]*«|„[^“]*“|\([0-9a-f.:]+\)')
@@ -98,8 +98,8 @@ def scrub(text: str, keywords: Options) -> str:
     return QUOTED.sub('"***"', text)
 
 
-#: How long a connect may take to each host, in seconds, where nobody says: a network that swallows it would keep its
-#: slot for ever.
+#: How long a connect may take to each host, in seconds, where the connection string does not say: one that the network
+#: swallows would keep its slot for ever.
 CONNECT_TIMEOUT = 10
 
 

@@ -22,7 +22,7 @@ class PoolClosed(PoolError):
 class PoolTimeout(PoolError):
     """No connection came free within `timeout` seconds: try later.
 
-    The message tells who holds the connections; `__cause__` is the last error of a connect, if there was one.
+    The message lists the holders of the connections; `__cause__` is the last error of a connect, if there was one.
     """
 
     __module__ = "zpgpool"

@@ -199,7 +199,7 @@ class _Inner:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         body: Iterable[bytes] = self._app(environ, start_response)
-        # A body that is there already needs no connection, and not everybody closes it: Flask's test client does not.
+        # A body that is complete needs no connection, and not every client closes it: Flask's test client does not.
         if environ.pop(COMPLETE, False):
             for lease in _leases(environ, self._keys):
                 lease.end()

@@ -1,4 +1,4 @@
-"""The contracts: what can be relied on, whoever implements it.
+"""The contracts: what can be relied on in every implementation.
 
 `IConnectionPool` is for users. The middleware, the data manager, the status page and the metrics work with any
 pool that provides it. `IPoolManagement` is for administrators and pages: where a pool provides it, too, they show more.
@@ -47,7 +47,7 @@ class IConnectionPool(Interface):
         timeout -- seconds that this call may take in all, whatever it waits for; by default the pool's setting. 0: it
             does not wait for other users, as in psycopg2, but for its own connect, as long as that takes.
 
-        Raises `PoolTimeout` when none came free (its message tells who holds them), `TooManyRequests` when
+        Raises `PoolTimeout` when none came free (its message lists the holders), `TooManyRequests` when
         `max_waiting` wait already, `PoolClosed`, or the `psycopg2.OperationalError` of the connect.
         """
 
@@ -69,7 +69,7 @@ class IConnectionPool(Interface):
         """
 
     def checkout(conn: Connection | None = None) -> ICheckout:
-        """Return a checkout of a connection, for whoever ends its use in another thread, or at another time.
+        """Return a checkout of a connection, for a use that ends in another thread, or at another time.
 
         conn -- one that is in use, and that only the checkout returns from now on; by default another one, got as by
             `getconn`.
@@ -112,7 +112,7 @@ class IConnectionPool(Interface):
 
 
 class ICheckout(Interface):
-    """A connection in use by whoever has this object. If it is dropped without `putconn`, the connection is closed."""
+    """A connection in use by the owner of this object. If it is dropped without `putconn`, the connection is closed."""
 
     conn = Attribute("The psycopg2 connection.")
 
@@ -158,7 +158,7 @@ class IPersistentConnectionPool(IConnectionPool):
     def putconn_of(owner: Owner, close: bool = False) -> bool:
         """Return the connection of the thread `owner` to the pool, from any thread; say whether it had one.
 
-        For whoever ends a thread's work on its behalf, while the thread itself does not use the connection.
+        For code that ends a thread's work on its behalf, while the thread itself does not use the connection.
         """
 
 
@@ -177,18 +177,18 @@ class IPoolManagement(Interface):
     settings = Attribute("The `zpgpool.settings.PoolSettings`; they cannot be changed.")
 
     def holders() -> Sequence[IHolder]:
-        """Return who holds a connection now."""
+        """Return the current holders of connections."""
 
     def waiters() -> Sequence[IWaiter]:
-        """Return who waits for a connection now, the next one first."""
+        """Return the requests that wait for a connection now, the next one first."""
 
     def cancel(conn: Connection, timeout: float = 1.0) -> bool:
         """Ask the server to cancel the query that runs on `conn`, which is in use; return whether it was asked.
 
         timeout -- seconds to wait until the server has been told; 0: it is told soon.
 
-        From any thread. Whoever waits for the query gets `psycopg2.errors.QueryCanceled`. The
-        connection is closed when it is returned: so nobody else is cancelled.
+        From any thread. The thread that waits for the query gets `psycopg2.errors.QueryCanceled`. The
+        connection is closed when it is returned: so no other user's query is cancelled.
         """
 
     def drain() -> None:
@@ -199,7 +199,7 @@ class IPoolManagement(Interface):
 
 
 class IHolder(Interface):
-    """Who holds a connection: a snapshot."""
+    """The holder of a connection: a snapshot."""
 
     thread = Attribute("The thread's name.")
     seconds = Attribute("For how long.")
@@ -210,7 +210,7 @@ class IHolder(Interface):
 
 
 class IWaiter(Interface):
-    """Who waits for a connection: a snapshot."""
+    """A request that waits for a connection: a snapshot."""
 
     thread = Attribute("The thread's name.")
     seconds = Attribute("For how long.")
@@ -254,7 +254,7 @@ class IObserver(Interface):
     """Is told by a pool what is too frequent for events. Must neither block nor raise."""
 
     def waited(seconds: float) -> None:
-        """Somebody stood in the queue for so long, with or without success."""
+        """A checkout has waited in the queue for so long, with or without success."""
 
     def used(seconds: float) -> None:
         """A connection was returned after so long a use."""
@@ -280,7 +280,7 @@ class IConnectionOpened(IPoolEvent):
 
 
 class IConnectionClosed(IPoolEvent):
-    """A connection was closed, and its place is free. One per `IConnectionOpened`, whoever closed it.
+    """A connection was closed, and its place is free. One per `IConnectionOpened`, whatever closed it.
 
     Except for a connection that an asynchronous exception lost between two bytecodes: that one is closed in silence.
     """
@@ -310,13 +310,13 @@ class IOutageEnded(IPoolEvent):
 
 
 class IRequestTimedOut(IPoolEvent):
-    """Somebody waited for a connection as long as `timeout` allows, and got none."""
+    """A checkout has waited for a connection for the whole `timeout`, and got none."""
 
     seconds = Attribute("How long it waited.")
-    error = Attribute("The `PoolTimeout` that it got; its message tells who held the connections.")
+    error = Attribute("The `PoolTimeout` that it got; its message lists the holders of the connections.")
 
 
 class IConnectionLeaked(IPoolEvent):
     """A connection is held for longer than `leak_after`. Told once for each time it is got."""
 
-    holder = Attribute("Who holds it: an `IHolder`.")
+    holder = Attribute("The holder: an `IHolder`.")

@@ -60,11 +60,11 @@ NUMBERS = (
     ),
     Number("max", "{connection}", "The most connections that may be open", _gauge("max")),
     Number("idle.min", "{connection}", "The connections that are kept open", _gauge("idle.min")),
-    Number("pending_requests", "{request}", "Who waits now", _gauge("pending_requests")),
+    Number("pending_requests", "{request}", "The requests that wait now", _gauge("pending_requests")),
     Number(
         "timeouts",
         "{timeout}",
-        "Who waited as long as the timeout allows, and got none",
+        "The requests that waited for the whole timeout and got no connection",
         lambda reading: reading["counters"].get("timeouts", 0),
         is_counter=True,
     ),
@@ -72,7 +72,7 @@ NUMBERS = (
 
 TIMES = {
     "create_time": "How long it took to open a connection",
-    "wait_time": "How long those waited who had to wait",
+    "wait_time": "How long a request that had to wait did so",
     "use_time": "The time between getting a connection and putting it away",
 }
 

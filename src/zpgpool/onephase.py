@@ -46,7 +46,7 @@ def resources_of(txn: object) -> list[object]:
 
 
 def votes_of(txn: object) -> dict[int, bool]:
-    """Return who has voted, by the resources' ids. Private to `transaction`, as `_resources`; `tests` watch both."""
+    """Return which resources have voted, by id. Private to `transaction`, as `_resources`; `tests` watch both."""
     return dict(getattr(txn, "_voted", None) or {})
 
 
@@ -139,7 +139,7 @@ class DataManager:
         """Begin a transaction of the server's; psycopg2 does with the first statement."""
 
     def _release(self, close: bool = False) -> None:
-        """Let go of the connection: a late call of a method cannot reach whoever has it next."""
+        """Let go of the connection: a late call of a method cannot reach the connection's next user."""
         shared, self._shared = self._shared, None
         self.phase = Phase.OUTSIDE
         if shared is not None:
@@ -224,7 +224,7 @@ class DataManager:
             self._release(close=True)
 
     def abandon(self, why: str) -> None:
-        """Abort the transaction, which nobody has ended, and which may join again until then."""
+        """Abort a transaction that was left open, and that may join again until then."""
         if self.conn is not None:
             log.error("%r: a transaction was neither committed nor aborted; it is aborted now: %s", self.pool, why)
             try:

@@ -57,7 +57,7 @@ OWN_OPTIONS = {"pool": "persistent", "retry_after": "5", "retry_safe": "true", "
 
 KNOWN = {*OWN_OPTIONS, *TABLE, "dsn"} - {"name"}
 
-#: After the actions of those who set an execution policy themselves, pyramid_retry for one.
+#: After the actions of other packages that set an execution policy, as pyramid_retry does.
 LAST = 1000
 
 

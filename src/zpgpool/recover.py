@@ -1,7 +1,7 @@
 """Prepared transactions that a crash left behind: listed, and resolved by command, by what the other side did.
 
 `zpgpool recover`. A transaction of two phases is in doubt when its process ended after the votes. It holds its locks
-until somebody commits it or rolls it back; ZODB, which commits first, knows which of the two is right.
+until it is committed or rolled back; ZODB, which commits first, knows which of the two is right.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InDoubt:
     xid: Xid
     prepared: datetime
     owner: str
-    #: What is still there of whoever prepared it: "session", "process", or nothing.
+    #: What is still there of the process that prepared it: "session", "process", or nothing.
     alive: str
     #: Whether ZODB takes part, and so can tell.
     has_zodb: bool
@@ -62,7 +62,7 @@ class InDoubt:
 
     @property
     def is_live(self) -> bool:
-        """Whether somebody will end it: nobody else may."""
+        """Whether a process will end it: then this command must not."""
         return bool(self.alive)
 
     @property
@@ -93,7 +93,7 @@ def _sessions(conn: Connection) -> dict[int, datetime | None]:
 
 
 def _alive(xid: Xid, sessions: dict[int, datetime | None]) -> str:
-    """Return what is still there of whoever prepared it."""
+    """Return what is still there of the process that prepared it."""
     numbers = [part for part in xid.bqual.split(":") if part.isdecimal()]
     pid = int(numbers[-1]) if numbers else 0
     if pid in sessions:
@@ -238,7 +238,7 @@ def recover(args: argparse.Namespace) -> None:
 
 
 def _proposals(conn: Connection, source: str, in_doubt: list[InDoubt]) -> dict[str, tuple[bool | None, str]]:
-    """Return for each whether to commit it (None: nobody knows), and what is to be said."""
+    """Return for each whether to commit it (None: unknown), and the reason."""
     with conn.cursor() as cursor:
         cursor.execute("SELECT now()")
         [(server_now,)] = cursor.fetchall()

@@ -44,7 +44,7 @@ for factory in FACTORIES.values():
 def register_factories(registry: Components | None = None) -> None:
     """Register the pool classes as `IConnectionPoolFactory` utilities `simple`, `threaded` and `persistent`.
 
-    May be repeated; a factory that somebody else has registered under one of these names stays.
+    May be repeated; a factory that is registered already under one of these names stays.
     """
     registry = getGlobalSiteManager() if registry is None else registry  # a registry may be an empty dict, too
     for name, factory in FACTORIES.items():
@@ -55,7 +55,7 @@ def register_factories(registry: Components | None = None) -> None:
 def register_pool(pool: Pool, name: str = "", registry: Components | None = None, *, info: str = "") -> None:
     """Register `pool` as the `IConnectionPool` utility `name`; `info` says what asked for that, and where.
 
-    Raises PoolError when the name is taken: the pool there may be in use, and nobody would close it. One in a base of
+    Raises PoolError when the name is taken: the pool there may be in use, and would never be closed. One in a base of
     the registry is left alone, and hidden here.
     """
     registry = getGlobalSiteManager() if registry is None else registry

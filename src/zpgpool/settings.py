@@ -1,6 +1,6 @@
 """The settings of a pool: one table for every door (keywords, ini files, ZCML, the command line, the reference page).
 
-Knows nothing of who reads it. A value may come as text (from a file) or as itself (from Python); what is refused is
+Knows nothing of the front ends. A value may come as text (from a file) or as itself (from Python); what is refused is
 refused with the name of the option, never with the text of a connection string.
 """
 
@@ -286,10 +286,10 @@ class PoolSettings:
         """Refuse what a pooler makes untrue (PgBouncer documentation, "SQL feature map for pooling modes")."""
         refused = {}
         if self.pooler is not None:
-            # The server's session is not the pool's: after a crash nobody could tell whose transaction is prepared.
+            # The server's session is not the pool's: after a crash it would be unknown whose transaction is prepared.
             refused["twophase"] = self.twophase
         if self.pooler == "pgbouncer-transaction":
-            # They would change whichever session of the server comes next, for whoever has it then.
+            # They would change whichever session of the server comes next, for its next user.
             refused["reset"] = self.reset == "discard"
             refused["isolation_level"] = bool(self.autocommit and self.isolation_level)
             refused["readonly"] = bool(self.autocommit and self.readonly is not None)
@@ -328,7 +328,7 @@ def convert_with(convert: Callable[[object], object], name: str, value: object) 
 def sort_keywords(args: tuple[object, ...], keywords: Options) -> tuple[Options, Options]:
     """Sort what a pool is constructed with: its own options, and the keywords that go to `psycopg2.connect()`.
 
-    `args` are the first of CONNECT_KEYWORDS. Raises SettingError for a keyword that nobody knows, and a connection
+    `args` are the first of CONNECT_KEYWORDS. Raises SettingError for an unknown keyword, and a connection
     string that libpq cannot read; TypeError for an argument too many, or given twice.
     """
     options = {name: value for name, value in keywords.items() if name in TABLE}
@@ -347,7 +347,7 @@ def sort_keywords(args: tuple[object, ...], keywords: Options) -> tuple[Options,
 
 
 def unknown(names: Collection[str], known: Collection[str]) -> SettingError:
-    """Return the error for options that nobody knows."""
+    """Return the error for unknown options."""
     name = min(names)
     close = difflib.get_close_matches(name, known, 1)
     hint = f", did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,6 @@
-"""The status page: who holds which connection, since when, and why others wait. Also as JSON, and for Prometheus.
+"""The status page: which request holds which connection, since when, and why others wait. Also as JSON and metrics.
 
-Closed to everyone but this machine, and whoever has the token.
+Open to this machine, and to clients that send the token.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-#: What a proxy adds: its address says nothing of who asks then.
+#: What a proxy adds: REMOTE_ADDR is then the proxy's, not the client's.
 FORWARDED = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP")
 
 STATIC = {"/status.css": "text/css", "/status.js": "text/javascript", "/icon.svg": "image/svg+xml"}
@@ -74,20 +74,20 @@ STATIC = {"/status.css": "text/css", "/status.js": "text/javascript", "/icon.svg
 class StatusApp:
     """Shows the pools of this process: `/` the page, `/json` the same as data, `/metrics` for Prometheus.
 
-    token -- opens it to whoever sends `Authorization: Bearer <token>`; without, it is open to this machine's own
+    token -- opens it to clients that send `Authorization: Bearer <token>`; without, it is open to this machine's own
         addresses only, and for a `Host` that names this machine, and not through a proxy that says that it is one.
     loopback -- False: not for this machine's own addresses either. A proxy on this machine that adds no header makes
-        everybody look local.
+        every client look local.
     show_sql -- with the text of the queries that run.
     registry -- where the pools are registered; by default the global registry.
     share -- a folder by which the processes of a site find each other: the page, the JSON and the metrics are of all of
-        them, whichever answers. It belongs to the site's user, and nobody else can write to it.
+        them, whichever answers. It belongs to the site's user, and no other user can write to it.
     listen -- HOST:PORT, as "127.0.0.1:8091": there the page is served, too, by threads of its own, in whichever process
         has the port.
     peers -- the URLs of the status pages of other machines, with the same token: the page and the JSON have their
         processes, too.
 
-    Raises SettingError when nobody could see it.
+    Raises SettingError when no client could see it.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StatusApp:
         peers: Sequence[str] = (),
     ) -> None:
         if not loopback and not token:
-            raise SettingError("option 'loopback': expected true where no token is given: nobody could see the page")
+            raise SettingError("option 'loopback': expected true where no token is given: no client could see the page")
         folder = files(__package__) / "monitor" / "static"
         self._page = Template((folder / "status.html").read_text("utf-8"))
         self._static = {path: (folder / path[1:]).read_bytes() for path in STATIC}
@@ -185,7 +185,7 @@ class StatusApp:
         else:
             told, silent = self._share.snapshots()
         wanted = dict(parse_qsl(environ.get("QUERY_STRING", ""), errors="replace"))
-        is_peers = "own" in wanted  # who asks adds up, and asks the server
+        is_peers = "own" in wanted  # the page that asks adds up, and asks the server
         if self._peers is not None and not is_peers:
             theirs, lost = self._peers.snapshots()
             told, silent = [*told, *theirs], [*silent, *lost]
@@ -218,7 +218,7 @@ def _share(path: str, registry: Components | None) -> Share:
 def _is_loopback(address: str) -> bool:
     try:
         ip = ipaddress.ip_address(address)
-    except ValueError:  # a unix socket has none: who is behind it is not known
+    except ValueError:  # a unix socket has none: the client is not known
         return False
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 

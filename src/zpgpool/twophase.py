@@ -97,7 +97,7 @@ class TwoPhaseDataManager(DataManager):
         super()._release(close)
 
     def _vote(self, conn: Connection) -> None:
-        """Prepare; or, when nobody else takes part, commit: there is nothing to agree on."""
+        """Prepare; or, when no other resource takes part, commit: there is nothing to agree on."""
         others = [resource for resource in resources_of(self._txn) if resource is not self]
         if not others:
             commit(self.pool, conn, conn.tpc_commit)
@@ -119,7 +119,7 @@ class TwoPhaseDataManager(DataManager):
         conn.tpc_rollback()  # psycopg2's memory of the beginning; the server has no transaction here any more
 
     def _undo_prepare(self, error: psycopg2.Error) -> None:
-        """Roll back what may be prepared, on a connection of its own: the vote has failed, so nobody will commit it."""
+        """Roll back what may be prepared, on a connection of its own: after a failed vote it will not be committed."""
         pool = cast("ObservedPool", self.pool)
         try:
             with closing(pool.open_connection()) as conn:
@@ -149,7 +149,7 @@ class TwoPhaseDataManager(DataManager):
                 conn.tpc_commit(self._global_id)
         except psycopg2.Error as second:
             if second.pgcode == errorcodes.UNDEFINED_OBJECT:
-                # The first try has been heard, or somebody else was faster: nothing holds locks, no doubt is left.
+                # The first try has been heard, or another process was faster: nothing holds locks, no doubt is left.
                 log.warning("%r: COMMIT PREPARED was not answered, and is done: %s", self.pool, one_line(error))
             else:
                 self._tell_in_doubt("COMMIT", error)
@@ -160,7 +160,7 @@ class TwoPhaseDataManager(DataManager):
             return
         votes = votes_of(txn)
         if len(votes) > 1 and all(votes.get(id(resource)) for resource in resources_of(txn)):
-            # All have voted, so somebody's finish has failed: maybe after it had committed. ZODB's record tells.
+            # All voted, so a resource's `tpc_finish` has failed: maybe after it had committed. ZODB's record tells.
             self._tell_in_doubt("COMMIT", "another resource failed after the votes")
         elif self.conn is not None:
             self._roll_back(self.conn)

@@ -367,7 +367,7 @@ class PoolMiddleware:
         return ReplicaLease(primary, reader, outer is None, environ)
 
     def _find_replica(self, pool: Pool, settings: PoolSettings) -> Pool | None:
-        """Return the replica, or None when nobody should read there now."""
+        """Return the replica, or None when it must not be read now."""
         replica = query_pool(settings.replica, self._registry)
         if replica is None:
             why = f"no pool is registered as {settings.replica!r}"

@@ -76,7 +76,7 @@ def pool(_context: ConfigurationContext, /, class_: str = "persistent", name: st
     )
 
 
-#: What the directive made, for as long as somebody uses it.
+#: The pools that the directive made, as long as they are in use.
 _made: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 

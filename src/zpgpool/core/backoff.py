@@ -1,7 +1,7 @@
 """What a pool knows of a server that does not answer: one thread tries it, the others wait for that, or are told.
 
-An outage that has just begun is probably a restart, and over soon: whoever asks waits for its end, for `outage_wait`
-seconds since it began. Whoever asks later is told at once.
+An outage that has just begun is probably a restart, and over soon: a checkout waits for its end, for `outage_wait`
+seconds since it began. A later checkout gets the error at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .outage import Diagnosis
 #: How long a connect that succeeded speaks for the next ones, in seconds.
 PROOF = 1.0
 
-#: The first and the longest pause between two tries, in seconds; each is twice the one before. While somebody waits
+#: The first and the longest pause between two tries, in seconds; each is twice the one before. While a checkout waits
 #: for the server, the pauses stay short.
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
@@ -35,7 +35,7 @@ JITTER = 0.25
 
 
 class ConnectBackoff:
-    """The memory of failed connects. Written by whoever tried last; a stale read costs one more try."""
+    """The memory of failed connects. Written by the thread that tried last; a stale read costs one more try."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         #: The error of the last try; None when that succeeded, or there was none.
@@ -77,7 +77,7 @@ class ConnectBackoff:
 
     @property
     def is_recent(self) -> bool:
-        """Whether the error is recent enough to report: while somebody asks, each failed try replaces it."""
+        """Whether the error is recent enough to report: while there are checkouts, each failed try replaces it."""
         return self.error is not None and self._clock() < self._failed_at + 2 * LONGEST_PAUSE
 
     def doubt(self) -> None:

@@ -79,7 +79,7 @@ class AbstractConnectionPool(ManagedPool):
         `idle_timeout` and the other names of the settings table (`zpgpool.settings.PoolSettings`) are the pool's own.
         A `dsn` or `password` that is callable is called for each connect, and what it returns is not kept.
     open -- False: connect on first use, or with `open()`.
-    timer -- what calls `run_maintenance` when that is due: the process's one by default; None: nobody does.
+    timer -- what calls `run_maintenance` when that is due: the process's one by default; None: nothing does.
 
     Raises ValueError (`SettingError`) for an option that is unknown, or cannot be; TypeError for an argument too many;
     and the `psycopg2.OperationalError` of a connect that failed.
@@ -165,7 +165,7 @@ class AbstractConnectionPool(ManagedPool):
 
     def _open(self) -> Connection:
         conn = self._connect()
-        # A factory that is no class, or makes another one's connections: nobody tells who changed what.
+        # A factory that is no class, or makes another one's connections: changes of the session cannot be noticed.
         if not is_watched(conn):
             self._has_unwatched = self._is_long = True
         self._call_timer()
@@ -337,7 +337,7 @@ class AbstractConnectionPool(ManagedPool):
         """Park a connection that was taken out of the table, clean, where `owner` finds it; or discard it."""
         now = monotonic()
         conn: Any = entry.conn
-        # Entry.is_clean, written out, for a session that nobody touched.
+        # Entry.is_clean, written out, for a session whose settings are unchanged.
         if close or now >= entry.expires or self._is_long or conn.is_touched:
             entry.owner = owner
             if not self._connections.clean(entry, close):
@@ -363,7 +363,7 @@ class AbstractConnectionPool(ManagedPool):
             self._watch_at = NEVER  # since a resize() was followed
 
     def _tidy(self) -> None:
-        """Mend what an end of a thread, or an exception in one, left to those who wait."""
+        """Mend the queue after a thread has ended, or an exception has hit one."""
         self._reap()
         self._connections.trim(later=True)
 

@@ -1,6 +1,6 @@
 """The connections of one pool: obtained, judged, taken back. `opener` opens them, `idle` keeps those at rest in order.
 
-Knows nothing of who uses them: what is neither parked nor being judged here is somebody's.
+Knows nothing of their users: a connection that is neither parked nor being judged here is in use.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Connections(IdleConnections):
 
     connect -- opens a connection.
     notifier -- is told of what happens.
-    lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage
+    lost -- called with the weak reference of a connection that was lost, maybe in the middle of the garbage
         collector: it must not take a lock.
-    tidy -- finds what nobody holds any more.
+    tidy -- finds connections that were lost.
     in_background -- whether other threads may open and close connections for the pool.
     ask_why -- see `Opener`.
     """
@@ -143,7 +143,7 @@ class Connections(IdleConnections):
             self._notifier.waited(seconds)
 
     def _is_hopeless(self) -> bool:
-        """Whether nothing will be returned, and somebody tries to connect already, or it is too early for that."""
+        """Whether nothing will be returned, and a connect is under way already, or it is too early for that."""
         # In a frame that ends before the error is raised: threads that hold an error each would keep each other's
         # snapshots alive, and with them a slot that was lost, for ever (measured, with twelve threads).
         is_tried = any(slot.state == CONNECTING for slot in self.handoff.slots)
@@ -200,7 +200,7 @@ class Connections(IdleConnections):
         except Exception as error:
             log.info("%s: check refused a connection: %s", self._notifier, one_line(error))
             return False
-        except BaseException:  # if somebody keeps it, its traceback keeps the slot
+        except BaseException:  # where it is kept, its traceback keeps the slot
             self.discard(entry, "check was interrupted")
             raise
         return entry.is_clean() or not entry.reset(None, self._set_up)
@@ -230,7 +230,7 @@ class Connections(IdleConnections):
     # A return --------------------------------------------------------------------------------------------------------
 
     def roll_back(self, entry: Entry, now: float) -> bool:
-        """End the transaction of a session whose settings nobody has touched; False: it takes more, see `clean`.
+        """End the transaction of a session whose settings are unchanged; False: it takes more, see `clean`.
 
         What most requests leave, in one call.
         """
@@ -243,7 +243,7 @@ class Connections(IdleConnections):
             is_clean = conn.status == STATUS_READY and not conn.get_transaction_status() and not conn.is_touched
         except psycopg2.Error:
             return False
-        except BaseException:  # nobody knows what state that left
+        except BaseException:  # the session's state is unknown
             self.discard(entry, "it could not be made clean")
             raise
         if is_clean:
@@ -271,7 +271,7 @@ class Connections(IdleConnections):
                 if why:
                     self._tell_unclean(entry, why)
         finally:
-            # After an interrupted rollback, too: nobody knows what state that left.
+            # After an interrupted rollback, too: the session's state is unknown.
             if not is_clean:
                 self.discard(entry, reason)
         entry.state = OPEN
@@ -285,9 +285,9 @@ class Connections(IdleConnections):
         self.discard(entry, "the server has gone" if is_lost else "its user closed it", is_dead=is_lost)
 
     def _tell_lost(self) -> None:
-        """A connection was lost in use: have nobody use another one from before.
+        """A connection was lost in use: let no checkout use another one from before.
 
-        A server that crashes or restarts ends all sessions within milliseconds: who comes in between would get one
+        A server that crashes or restarts ends all sessions within milliseconds: a checkout in between would get one
         that looks alive.
         """
         if (work := current_work()) is not None:
@@ -338,7 +338,7 @@ class Connections(IdleConnections):
             self.opener.open_missing(min(len(self.handoff) + missing, self.settings.maxconn))
 
     def resized(self) -> None:
-        """Follow new limits: more room for those who wait, or fewer idle connections."""
+        """Follow new limits: more room for waiting threads, or fewer idle connections."""
         self.handoff.serve()
         self.trim()
         self.refill()

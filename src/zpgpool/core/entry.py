@@ -122,9 +122,9 @@ class Entry(Slot):
     sharers: tuple[Owner, ...]
     #: The token of the checkout that has it, if one does: then only that returns it.
     checkout: weakref.ref[LifeToken] | None
-    #: For whom it was opened, who gets the error if that fails.
+    #: The ticket for which it was opened, which gets the error if that fails.
     waiter: Ticket[Entry] | None
-    #: Whether nobody has used it yet.
+    #: Whether it has had no user yet.
     is_new: bool
     #: When it last changed hands, and when its lifetime ends (monotonic seconds).
     since: float
@@ -137,7 +137,7 @@ class Entry(Slot):
     look_at: float
     #: The session as configured; what `is_clean` compares with.
     baseline: tuple[object, ...]
-    #: The connection's socket, by a descriptor of ours: whoever has closed the connection, this tells when the server
+    #: The connection's socket, by a descriptor of ours: whatever has closed the connection, this tells when the server
     #: has hung up, and can be looked at and cut without a fear that its number belongs to another socket by now.
     sock: socket.socket
     #: `look(0)` is 0 while nothing waits on the socket.
@@ -152,7 +152,7 @@ class Entry(Slot):
 
     @property
     def has_checkout(self) -> bool:
-        """Whether a checkout has it that somebody still refers to."""
+        """Whether a checkout has it that is still referred to."""
         return self.checkout is not None and self.checkout() is not None
 
     def attach(self, conn: Connection, ref: weakref.ref[Connection]) -> None:
@@ -287,7 +287,7 @@ class Entry(Slot):
         return False
 
     def connection(self) -> Connection | None:
-        """Return the connection, whoever has it; None when its user lost it."""
+        """Return the connection, parked or in use; None when its user lost it."""
         return getattr(self, "conn", None) or self.ref()
 
     def close(self, until: float | None = None) -> None:
@@ -295,7 +295,7 @@ class Entry(Slot):
 
         Waits until the monotonic time `until` at the longest, by default for HANG_UP seconds.
 
-        Who uses it just now, in a query, must have been stopped by `hang_up` or `cut`: otherwise this waits for him.
+        A query that runs on it must have been stopped by `hang_up` or `cut`: otherwise this waits for its end.
         """
         conn = self.connection()
         with self.sock, contextlib.suppress(OSError, psycopg2.Error):
@@ -312,11 +312,11 @@ class Entry(Slot):
         return conn is not None and conn.get_transaction_status() == TRANSACTION_STATUS_ACTIVE
 
     def __del__(self) -> None:
-        # Lost by an exception between two bytecodes. Its slot is room again, so nobody may go on using it.
+        # Lost by an exception between two bytecodes. Its slot is room again, so its use must end.
         if self.is_attached and self.sock.fileno() != -1 and self.pid == os.getpid():
             if self.is_active:
                 self.cut()
-            self.close(monotonic())  # without waiting: whoever triggered the collection has no part in it
+            self.close(monotonic())  # without waiting: the thread that triggered the collection has no part in it
 
     def abandon(self) -> None:
         """In a forked child: release the parent's socket without a word to the server, whose session goes on.

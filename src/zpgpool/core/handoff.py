@@ -2,7 +2,7 @@
 
 Knows no database: it hands over *slots*, of which there are at most `limit`, and tests hand over integers.
 
-1. A slot has one home: parked, in a ticket, or in the hands of one thread. Whoever removes it from its home owns it.
+1. A slot has one home: parked, in a ticket, or in the hands of one thread. The thread that removes it there owns it.
 2. Return: park first, then look at the queue.
 3. Wait: join the queue first, then look for something.
    With 2 and 3 no waiter sleeps while a slot rests. Do not reorder.
@@ -53,7 +53,7 @@ class Slot:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has a connection that may still serve somebody."""
+        """Whether it has a connection that may still serve a waiter."""
         return self.state in (OPEN, CHECKING, RETURNING)
 
 
@@ -99,9 +99,9 @@ class Handoff(Generic[S]):
     make -- returns a new slot, in the state CONNECTING.
     limit -- how many slots there may be.
     fill -- called when nothing rests for those in the queue: may `reserve` room, and have it filled. Should not block.
-        Returns in how many seconds it wants to be called again, if somebody waits still; None: it does not mind.
+        Returns in how many seconds it wants to be called again, while there are waiters; None: it does not mind.
     lock -- guards the count of slots, and the end of the queue.
-    tidy -- called by those who wait, each time they look for themselves: it may find slots that nobody holds any more.
+    tidy -- called by waiting threads, each time they look for themselves: it may find slots that were lost.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Handoff(Generic[S]):
         self.limit = limit
         #: Slots at rest, by the key that will look for them first; the oldest first. Anyone may take any.
         self.parked: dict[Hashable, S] = {}
-        #: The waiters, the next one first. Joined by the waiter, left by whoever settles the ticket.
+        #: The waiters, the next one first. The waiter adds its ticket; the thread that settles the ticket removes it.
         self.queue: deque[Ticket[S]] = deque()
         self.is_closed = False
         #: Set when the hand-off is closed and the last slot has gone.
@@ -194,7 +194,7 @@ class Handoff(Generic[S]):
     ) -> S | None:
         """Return a slot, or None when there was none until `until` (in the time of `clock`).
 
-        Whoever finds a queue joins its end, except when there is no time to wait.
+        A thread that finds a queue joins its end, except when there is no time to wait.
 
         max_waiting -- raise QueueFull when so many wait already.
         has_room -- whether there will be new slots as far as there is room, so that who waits for one does not wait for
@@ -226,13 +226,13 @@ class Handoff(Generic[S]):
         return answer
 
     def serve(self) -> float | None:
-        """Give what rests to the queue, in its order, and have room filled for those who remain; see `fill`."""
+        """Give what is parked to the queue, in its order, and have room filled for those that remain; see `fill`."""
         while self.queue:
             slot = self.take()
             if slot is None:
                 return self._fill()
             while not self._offer(slot):
-                # Nobody is left to take it. Home first, then look at the queue again (rule 2).
+                # No waiter is left to take it. Home first, then look at the queue again (rule 2).
                 if not self.queue:
                     self.parked[slot] = slot
                     break
@@ -246,13 +246,13 @@ class Handoff(Generic[S]):
                 self._dismiss(ticket)
 
     def shed(self, max_waiting: int | None) -> None:
-        """Answer with QueueFull those who wait behind so many others."""
+        """Answer with QueueFull the threads that wait behind so many others."""
         if max_waiting is not None:
             for ticket in list(self.queue)[max_waiting:]:
                 self.fail(QueueFull, ticket)
 
     def close(self) -> None:
-        """Wake all waiters with Closed; nobody gets a slot any more."""
+        """Wake all waiters with Closed; no slot is handed over any more."""
         self.is_closed = True
         self.fail(Closed)
         self._tell_if_empty()
@@ -264,7 +264,7 @@ class Handoff(Generic[S]):
     def _join(self, ticket: Ticket[S], max_waiting: int | None, has_room: bool) -> None:
         with self._lock:
             if max_waiting is not None:
-                # A waiter whom a new slot will serve does not wait for anybody.
+                # A waiter that a new slot will serve waits for no other thread.
                 room = self.limit - len(self._refs) + sum(slot.state == CONNECTING for slot in self.slots)
                 coming = room if has_room else 0
                 if len(self.queue) - coming >= max_waiting:
@@ -280,7 +280,7 @@ class Handoff(Generic[S]):
             if ticket.is_settled:
                 return
             if rest <= 0:
-                soon = coming()  # first: whoever is served in between has left the queue, and the slot those to come
+                soon = coming()  # first: a thread that is served meanwhile is in neither
                 try:
                     ahead = self.queue.index(ticket)
                 except ValueError:  # it has just been answered
@@ -319,5 +319,5 @@ class Handoff(Generic[S]):
 
     def _dismiss(self, ticket: Ticket[S]) -> None:
         ticket.wakeup.put(None)
-        with suppress(ValueError):  # whoever was first has removed it
+        with suppress(ValueError):  # another thread has removed it first
             self.queue.remove(ticket)

@@ -1,4 +1,4 @@
-"""How a query of somebody else's is ended: the server is asked to cancel it, then its socket is cut."""
+"""How a query of another thread is ended: the server is asked to cancel it, then its socket is cut."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The idle connections of a pool: claimed, looked at, expired, and closed; and how any connection is closed.
 
-Knows nothing of who uses the others.
+Knows nothing of the connections in use.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ COUNTS = (
 
 
 class IdleConnections:
-    """Those at rest in `handoff`, which anybody may take at any moment: what is done to one is done after a claim."""
+    """The parked connections of `handoff`. Any thread may take one at any moment: first of all, claim it."""
 
     settings: PoolSettings
     opener: Opener
@@ -248,7 +248,7 @@ class IdleConnections:
         self.discard(entry, "the server has gone", is_dead=True)
 
     def discard(self, entry: Entry, reason: str, is_dead: bool = False, until: float | None = None) -> None:
-        """Close a connection that nobody else can reach, and give its room away.
+        """Close a connection that no other thread can reach, and give its room away.
 
         The server is not waited for when the connection is dead, and not for longer than `until` (see Entry.close).
         """
@@ -267,7 +267,7 @@ class IdleConnections:
             self._notifier.closed(entry, reason)
 
     def discard_later(self, entry: Entry, reason: str) -> None:
-        """Do as `discard`, in another thread: the server may be silent, and who calls has no time for that."""
+        """Do as `discard`, in another thread: the server may be silent, and the caller has no time for that."""
         entry.state = CLOSING
         with self.lock:
             self._leaving += 1

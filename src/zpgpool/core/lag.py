@@ -31,7 +31,7 @@ LOOK = 2.0
 #: After so many seconds without a look that was answered nothing is known any more.
 STALE = EVERY + LOOK + 1.0
 
-#: Whoever has no right to see the receiver's state (pg_read_all_stats) sees that there is one, which ends with its
+#: A role that has no right to see the receiver's state (pg_read_all_stats) sees that there is one, which ends with its
 #: connection. What was received is read first: what is replayed goes on meanwhile.
 QUESTION = """
 SET LOCAL statement_timeout = '1s';
@@ -97,7 +97,7 @@ class Lag:
         self.seconds, self.trouble = None, why or "it is lost"
 
     def why_not(self, most: float | None, now: float) -> str:
-        """Return why nobody should read there now (monotonic seconds): nothing, or a line of text.
+        """Return why the replica must not be read now (monotonic seconds): a line of text; empty: it may be.
 
         most -- how far it may be behind, in seconds; None: as far as it likes.
         """

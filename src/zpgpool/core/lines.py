@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_renew_frames_lock)
 def current_lines() -> dict[int, str]:
     """Return the line that each thread is at, by the thread's number: once for a whole report.
 
-    Not the frames: whoever keeps one keeps what that refers to, and a connection that its user has lost with it.
+    Not the frames: a frame that is kept keeps what it refers to, and a connection that its user has lost with it.
     """
     return {number: line_of(frame) for number, frame in _current_frames().items()}
 

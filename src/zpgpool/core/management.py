@@ -74,7 +74,7 @@ class ManagedPool(Users):
         for _, entry in self._users():
             if entry.connection() is conn and entry.is_active:
                 # Expired first. If it was returned before this, `since` has changed; if it is returned after this, it
-                # is closed. So nobody else has the connection when the server hears of this.
+                # is closed. So no other user has the connection when the server hears of this.
                 since = entry.since
                 entry.expire_now()
                 return entry.since == since and cancel([entry], timeout) > 0

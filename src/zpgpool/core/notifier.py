@@ -55,7 +55,7 @@ class Notifier:
         self._tell(ConnectionOpened, entry.backend_pid, seconds)
 
     def cannot_connect(self, error: BaseException, outage_wait: float) -> None:
-        """Log a failure that no caller is told of: nobody waits, or those who do wait out the outage."""
+        """Log a failure that no caller gets: none waits, or those that wait, wait out the outage."""
         pool = self._pool()
         if pool is not None:
             more = f"; who asks now waits for the server, up to {outage_wait:g} s" if outage_wait else ""
@@ -83,7 +83,7 @@ class Notifier:
         self._tell(RequestTimedOut, seconds, error)
 
     def leaked(self, holder: Holder) -> None:
-        """Tell of who holds a connection for long."""
+        """Tell of a connection that is held for long."""
         self._tell(ConnectionLeaked, holder)
 
     def _tell(self, make: Callable[..., PoolEvent], *details: object) -> None:

@@ -1,6 +1,6 @@
-"""How a pool's connections are opened: in threads of their own, so that a connect that hangs stops nobody.
+"""How a pool's connections are opened: in threads of their own, so that a connect that hangs delays no other checkout.
 
-A connect has three steps: connect, prepare, publish. Whoever wants a connection waits in the queue, and takes what
+A connect has three steps: connect, prepare, publish. A checkout waits in the queue, and takes what
 comes first: a connection that is returned, or a new one. A connect that outlives its waiter goes on, and is parked.
 """
 
@@ -60,7 +60,7 @@ class Opener:
     connect -- opens a connection; returns None when its pool was garbage-collected.
     publish -- gives a new entry to its first user; gets the entry, when its connect began, and how long that took.
     notifier -- is told of a connect that failed.
-    lost -- called with the weak reference of a connection that nobody has any more, maybe in the middle of the garbage
+    lost -- called with the weak reference of a connection that was lost, maybe in the middle of the garbage
         collector: it must not take a lock.
     in_background -- whether other threads may open connections.
     ask_why -- connects once more, until then (monotonic seconds), and returns the error of that, with its SQLSTATE.
@@ -202,7 +202,7 @@ class Opener:
             if isinstance(plain, psycopg2.OperationalError):
                 self._note_failure(plain, begun, is_connected=entry.is_attached)
                 self._notifier.failed(plain, seconds)
-            # Whoever waits is told, unless it waits for the server's return.
+            # Waiting checkouts get the error, unless they wait for the server's return.
             is_untold = not self.handoff.queue or self.backoff.may_pass
             # A server with too many clients takes one now and then: that is told once a minute.
             is_news = not self.backoff.is_full or begun >= self._quiet_until

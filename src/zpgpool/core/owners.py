@@ -1,7 +1,7 @@
-"""Who uses a connection: a thread, as a pool knows it, or a checkout; and what messages say of them.
+"""The owners of connections in use: a thread, as a pool knows it, or a checkout; and what messages say of them.
 
 The number of a thread (`get_ident`) is given to the next thread as soon as it is free, so it cannot say whose a
-connection is. A `ThreadOwner` belongs to one thread for as long as that lives, whoever started it (`threading`,
+connection is. A `ThreadOwner` belongs to one thread for as long as that lives, whatever started it (`threading`,
 mod_wsgi, C code): the thread's end drops its token.
 """
 
@@ -118,7 +118,7 @@ def who(owner: Owner) -> str:
 
 
 class CheckoutOwner(ThreadOwner):
-    """Not a thread, but whoever has a checkout: it ends with the checkout."""
+    """The owner of a checkout, in place of a thread: it ends with the checkout."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The pools: who holds which connection. The hot path is here, and only here.
+"""The pools: which user holds which connection. The hot path is here, and only here.
 
 A hit takes the connection that the calling thread parked, without a lock: removing it from the dict is the claim. It is
 written out in both classes, because a call more would cost a tenth of it (measured: 25 of 250 ns).
@@ -174,16 +174,16 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
 
 class CheckoutKey:
-    """Under which a keyed pool has what is checked out: nobody else can name it."""
+    """The key of a connection that a checkout has: no other code can name it."""
 
 
 class _KeyedConnectionPool(AbstractConnectionPool):
     """Pools whose users tell connections apart by a key of theirs, or by the connection itself."""
 
     def _start(self) -> None:
-        #: Who holds what: by key; without one by the weak reference to the connection, which is all we keep then.
+        #: The connections in use: by key, or by a weak reference to the connection, which is all we keep then.
         self._used: dict[Hashable, Entry] = {}
-        #: Keys whose connection somebody is getting just now.
+        #: Keys for which a thread is checking out just now.
         self._comers: dict[Hashable, Gate] = {}
         super()._start()
 
@@ -313,7 +313,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
         return [(self._owner(entry), entry) for entry in list(self._used.values())]
 
     def _is_over(self, owner: Owner, entry: Entry) -> bool:
-        # Without a key it belongs to whoever refers to it: another thread may go on with it after the first has ended.
+        # Without a key it belongs to any code that refers to it: another thread may use it after the first has ended.
         is_anybodys = not hasattr(entry, "conn") and not isinstance(owner, CheckoutOwner)
         return not owner.is_alive and not (is_anybodys and entry.ref() is not None)
 
@@ -373,4 +373,4 @@ class SimpleConnectionPool(_KeyedConnectionPool):
 
 @implementer(IKeyedConnectionPool, IPoolManagement, IPoolInternals)
 class ThreadedConnectionPool(_KeyedConnectionPool):
-    """A pool for any number of threads: who asks gets a connection, preferably the one he had last."""
+    """A pool for any number of threads: a thread gets any connection, preferably the one that it had last."""

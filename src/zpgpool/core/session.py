@@ -121,7 +121,7 @@ def is_watched(conn: Connection) -> bool:
 
 
 class Messages(list[object]):
-    """Messages of the server for a connection's user, who has changed the session with the first one.
+    """Messages of the server for a connection's user: the first one marks the session as changed.
 
     In the place of psycopg2's own lists: to look into those at each return would take a tenth of it (measured).
     """
@@ -172,7 +172,7 @@ def restore(conn: Any, baseline: tuple[object, ...]) -> None:
 
 
 def roll_back(conn: Connection) -> None:
-    """End the transaction, whoever began it, and how."""
+    """End the transaction, however it was begun."""
     try:
         conn.rollback()
     except psycopg2.ProgrammingError:
@@ -187,7 +187,7 @@ def check_two_phase(conn: Connection, title: str) -> None:
     """Raise PoolError where a prepared transaction cannot be, or could not be told of after a crash.
 
     Now rather than with the first commit (PostgreSQL documentation, "max_prepared_transactions"). What stands between
-    us and the server has numbers of its own for its sessions: then nobody could tell, after a crash, whether the
+    us and the server has numbers of its own for its sessions: then it would be unknown, after a crash, whether the
     session that prepared a transaction is still there.
     """
     with conn.cursor(cursor_factory=cursor) as curs:

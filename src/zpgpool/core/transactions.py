@@ -1,8 +1,8 @@
 """What became of a COMMIT whose answer was lost; and transactions that are run again.
 
-The answer can be lost on its way, with the server or without it, and then nobody knows. With `verify_commit` the
-server is asked for the transaction's number before, and afterwards, over another connection, what became of that
-number (PostgreSQL documentation, "Transaction ID and Snapshot Information Functions").
+The answer can be lost on its way, with the server or without it: then it is not known whether the transaction was
+committed. With `verify_commit` the server is asked for the transaction's number before, and afterwards, over another
+connection, what became of that number (PostgreSQL documentation, "Transaction ID and Snapshot Information Functions").
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ RETRYABLE = "40"
 def commit(pool: Pool, conn: Connection, do: Callable[[], object] | None = None) -> None:
     """Commit the transaction of `conn`, by `do` if that is given.
 
-    Raises what psycopg2 raises: then nothing of it is there. CommitInDoubt: nobody knows.
+    Raises what psycopg2 raises: then nothing of it is there. CommitInDoubt: that is not known.
     """
     settings: Any = getattr(pool, "settings", None)  # pools of other classes need not have any
     do = conn.commit if do is None else do

@@ -1,4 +1,4 @@
-"""Who uses a pool's connections: the table of users, their blocks, and what dead threads leave behind."""
+"""The users of a pool's connections: their table, their blocks, and what dead threads leave behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Users(ABC):
 
     @abstractmethod
     def _users(self) -> list[tuple[Owner, Entry]]:
-        """Return the connections in use, with who took them: a snapshot."""
+        """Return the connections in use, with their owners: a snapshot."""
 
     @abstractmethod
     def _remove_user(self, owner: Owner, entry: Entry) -> bool:
@@ -57,7 +57,7 @@ class Users(ABC):
         """Return what is in use under `key`, which may be a thread's owner."""
 
     def _busy(self) -> list[tuple[Owner, Entry]]:
-        """Return the connections in use, and those that are being returned, with who took them: a snapshot."""
+        """Return the connections in use, and those that are being returned, with their owners: a snapshot."""
         returning = [entry for entry in self._connections.handoff.slots if entry.state == RETURNING]
         users = self._users()
         in_use = {id(entry) for _, entry in users}
@@ -119,7 +119,7 @@ class Users(ABC):
         self._forget_ended()
 
     def _is_over(self, owner: Owner, entry: Entry) -> bool:
-        """Whether nobody can put `entry` away any more."""
+        """Whether `entry` can no longer be returned."""
         return not owner.is_alive
 
     def _forget_ended(self) -> None:

@@ -1,4 +1,4 @@
-"""Who holds a connection for too long: told of after `leak_after`, ended after `hold_limit`."""
+"""Connections that are held for too long: logged after `leak_after`, ended after `hold_limit`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Users = Iterable[tuple[Owner, Entry]]
 
 
 def report_leaks(users: Users, settings: PoolSettings, notifier: Notifier, now: float) -> None:
-    """Log who holds a connection for `leak_after`: each holding once."""
+    """Log each holder that has held a connection for `leak_after`: once for each checkout."""
     leak_after = settings.leak_after
     if not leak_after:
         return
@@ -42,7 +42,7 @@ def report_leaks(users: Users, settings: PoolSettings, notifier: Notifier, now: 
 
 
 def end_held_too_long(users: Users, settings: PoolSettings, notifier: Notifier, now: float) -> None:
-    """Cancel the queries of those who hold a connection for `hold_limit`; a second later, end their connections.
+    """Cancel the queries of holders that have reached `hold_limit`; a second later, end their connections.
 
     And those whose rollback hangs: a server that is silent would keep the thread that returns a connection for ever.
     """

@@ -45,7 +45,7 @@ def _start(task: Task, name: str) -> None:
 
 
 class Gate:
-    """Is opened once; until then who comes waits. An Event that an exception in a waiter cannot break."""
+    """Threads wait here until it is opened, once. An Event that an exception in a waiter cannot break."""
 
     __slots__ = ("_lock",)
 
@@ -54,8 +54,8 @@ class Gate:
         self._lock.acquire()
 
     def open(self) -> None:
-        """Let everybody pass from now on; may be repeated."""
-        with suppress(RuntimeError):  # somebody is passing just now, or has opened it
+        """Let all threads pass from now on; may be repeated."""
+        with suppress(RuntimeError):  # a thread is passing just now, or has opened it
             self._lock.release()
 
     def wait(self, seconds: float | None = None) -> bool:

@@ -52,7 +52,7 @@ FAILED = "_zpgpool_failed"
 
 
 def _find(error: BaseException | None) -> Unavailable | None:
-    # By what is said to be the cause only: who handles the error, and raises Http404, has answered.
+    # By `__cause__` only: a view that handles the error, and raises Http404, has answered.
     while error is not None and not isinstance(error, Unavailable):
         error = error.__cause__
     return error

@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class Answers(NamedTuple):
-    """What came of it: the documents of those that answered, who did not, and who has ended."""
+    """What came of it: the documents of those that answered, those that did not, and those that have ended."""
 
     documents: dict[Place, Json]
     silent: list[Place]
@@ -66,7 +66,7 @@ def _document(text: bytes | None) -> Json | None:
 def _ask(
     folder: Folder, places: Iterable[Place], question: bytes, until: float
 ) -> tuple[dict[Place, bytes], set[Place]]:
-    """Return what was answered in whole, and who refused."""
+    """Return the complete answers, and the processes that refused."""
     waiting, refused, parts, done = list(reversed(list(places))), set(), dict[Place, bytearray](), dict[Place, bytes]()
     with selectors.DefaultSelector() as selector:
         try:

@@ -76,7 +76,7 @@ class _Server6(_Server):
 class Beside(PerProcess):
     """Serves `app` at `address`, HOST:PORT. Raises SettingError.
 
-    folder -- what the site shares, if it does: then its owner serves, and nobody else.
+    folder -- what the site shares, if it does: then only the folder's owner serves.
     """
 
     def __init__(self, address: str, app: WSGIApplication, folder: Folder | None = None) -> None:

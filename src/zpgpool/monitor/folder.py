@@ -80,7 +80,7 @@ class Folder:
         return os.path.join(self.path, name)
 
     def places(self, kind: str) -> list[Place]:
-        """Return who has a socket here (`sock`), or counters (`json`)."""
+        """Return the processes that have a socket here (`sock`), or counters (`json`)."""
         found = []
         with os.scandir(self.path) as entries:
             for entry in entries:
@@ -106,7 +106,7 @@ class Folder:
     def listen(self, place: Place) -> socket.socket:
         """Return a socket that listens under the name of `place`."""
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Nobody finds it before it answers: whoever met it earlier would take it for one of a process that has ended.
+        # No process finds it before it answers: it would take the socket for one of a process that has ended.
         early = self.join(f"zpgpool-{place.process}-{place.token}.new")
         try:
             server.bind(early)

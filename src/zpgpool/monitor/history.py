@@ -1,6 +1,6 @@
 """What happened to the pools lately: samples of their sizes, distributions of times, incidents.
 
-Nothing is kept, and no pool observed, before somebody calls `begin`: the status page, or an exporter of metrics.
+Nothing is kept, and no pool observed, before `begin` is called: by the status page, or an exporter of metrics.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ UNSENT = 100_000
 #: The upper bounds of the distributions, in seconds: those of OpenTelemetry's database conventions.
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
-#: Those in a row are one incident, with the last one's text: each tells anew who holds what, and for how long.
+#: Those in a row are one incident, with the last one's text, which lists the current holders.
 TIMED_OUT = "timed out"
 
 #: Which ends of a connection are worth a incident, and its kind.
@@ -200,19 +200,19 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 _histories: weakref.WeakKeyDictionary[Pool, History] = weakref.WeakKeyDictionary()
 
-#: Who wants each single time.
+#: The exporters that want each single time.
 _exporters: list[object] = []
 
 
 def waiters_of(pool: Pool) -> Sequence[Waiter]:
-    """Return who waits for a connection of `pool`, as far as it tells."""
+    """Return the requests that wait for a connection of `pool`; none where the pool does not tell."""
     return pool.waiters() if IPoolManagement.providedBy(pool) else ()
 
 
 def begin(exporter: object = None) -> None:
     """Keep a history of each pool from now on: of every one that opens a connection, or is asked for.
 
-    exporter -- whoever reads each single time by `History.drain`.
+    exporter -- the object that reads each single time by `History.drain`.
     """
     with _lock:
         if exporter is not None:

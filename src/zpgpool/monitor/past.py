@@ -23,7 +23,7 @@ LOCK = "zpgpool-past.lock"
 #: That many files of ended processes are added up.
 MANY = 16
 
-#: How often a reader begins again because somebody adds up just now.
+#: How often a reader begins again because another process is adding up.
 TRIES = 20
 
 
@@ -41,7 +41,7 @@ def read_past(folder: Folder, shown: Collection[Place]) -> Readings:
 
 
 def is_kept(folder: Folder) -> bool:
-    """Whether anybody wants the counters: somebody has written some. Raises OSError."""
+    """Whether the counters are kept: a process has written some. Raises OSError."""
     return bool(folder.stamp(SUM) or folder.places("json"))
 
 

@@ -35,7 +35,7 @@ OTHER = "what answers is no status page of this version of zpgpool"
 
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *args: object) -> None:
-        """Follow nobody: the token is for one address."""
+        """Follow no redirect: the token is for one address."""
 
 
 def request_for(url: str, token: str | None = None, query: str = "") -> Request:
@@ -122,7 +122,7 @@ class Peers:
             if monotonic() - self._asked_at > FRESH:
                 self._found = self._ask()
                 self._asked_at = monotonic()
-            return copy.deepcopy(self._found)  # whoever gets them adds to them
+            return copy.deepcopy(self._found)  # the caller adds to them
 
     def _ask(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
         told: list[Json] = []

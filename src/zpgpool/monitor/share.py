@@ -92,7 +92,7 @@ class Share(PerProcess):
         self._reset()
 
     def end(self) -> None:
-        """See `PerProcess`: what was counted since anybody asked is kept, if anybody asks at all."""
+        """See `PerProcess`: what was counted since the last question is kept, if there has ever been one."""
         server, place, self._server, self._place = self._server, self._place, None, None
         if server is None or place is None:
             return
@@ -125,10 +125,10 @@ class Share(PerProcess):
             try:
                 peer.settimeout(DEADLINE)
                 form, _, what = peer.recv(1000).decode("ascii", "replace").strip().partition(" ")
-                # To one of another version: who I am, so that it can say so.
+                # To a process of another version: its page then shows which process this is.
                 document = self.document(what if form == str(FORMAT) else "")
                 peer.sendall(json.dumps(document).encode())
-            except OSError:  # whoever asked has gone, or is stopped
+            except OSError:  # the process that asked has gone, or is stopped
                 pass
             except Exception:
                 log.exception("the answer to another process of the site failed")
@@ -199,7 +199,7 @@ class Share(PerProcess):
 
 
 def sort_out(answers: Answers) -> tuple[list[Json], list[tuple[int, str, str]]]:
-    """Return the documents that can be shown, and who is shown as silent: number, host, and why."""
+    """Return the documents that can be shown, and the silent processes: number, host, and why."""
     host = socket.gethostname()
     good, silent = [], [(place.process, host, SILENT) for place in answers.silent]
     for place, document in answers.documents.items():

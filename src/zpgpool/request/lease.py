@@ -82,7 +82,7 @@ class Lease(Work):
     #: The request's connection once a transaction shares it.
     _shared: SharedCheckout | None = None
 
-    #: Whether the transaction began in the body: then nobody else ends it.
+    #: Whether the transaction began in the body: then the lease must end it.
     _is_shared_in_body = False
 
     #: The pool, where the connection is the thread's that `_owner` stands for: see `ThreadLease`.
@@ -354,7 +354,7 @@ class OwnLease(Lease):
 class KeyedLease(OwnLease):
     """A lease of a pool with keys: the connection is got by one, so that it is known to be the thread's.
 
-    Without a key it would belong to whoever refers to it, and a thread that dies in a request leaves the lease behind.
+    Without a key it would belong to any code that refers to it, and a thread that dies in a request leaves a reference.
     """
 
     pool: KeyedPool

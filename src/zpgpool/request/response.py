@@ -25,7 +25,7 @@ class HeldResponse:
     hook -- called with the headers just before they go to the server; may return others.
     """
 
-    #: The server's; set by whoever makes it. Without `__init__` there is a call less in each request.
+    #: The server's; the caller sets it after the construction. Without `__init__` there is a call less in each request.
     start_response: StartResponse
 
     hook: Callable[[Headers], Headers] | None = None

@@ -20,7 +20,7 @@ class Transaction(Protocol):
         """Whether the transaction goes on with the connection."""
 
     def abandon(self, why: str) -> None:
-        """Abort the transaction, which nobody has ended."""
+        """Abort a transaction that was left open."""
 
 
 class SharedCheckout:
