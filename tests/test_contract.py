@@ -369,6 +369,74 @@ class TestPutconn:
         pool.putconn(conn)
 
 
+class TestDetach:
+    @over(OURS)
+    def test_the_caller_keeps_the_connection_and_the_pool_has_room(self, make: MakePool, outside: Outside) -> None:
+        pool = make(0, 1, hold_limit=60)
+        conn = pool.getconn()
+        run(conn, "CREATE TEMP TABLE mine AS SELECT 1")
+        pid = conn.info.backend_pid
+        pool.detach(conn)
+        other = pool.getconn()
+        assert other.info.backend_pid != pid
+        assert pool.get_stats()["pool_size"] == 1
+        with pytest.raises(zpgpool.PoolError, match="not in use"):
+            pool.detach(conn)
+        pool.putconn(other)
+        pool.closeall()
+        assert run(conn, "SELECT count(*) FROM mine") == 1  # neither rolled back nor closed
+        conn.commit()
+        assert outside.state(pid) == "idle"
+        with pytest.raises(zpgpool.PoolClosed):
+            pool.detach(conn)
+        conn.close()
+
+    @over(OURS)
+    def test_a_thread_that_ends_and_a_user_that_loses_it_do_not_end_it(self, make: MakePool, outside: Outside) -> None:
+        pool = make(0, 2)
+        kept: list[Any] = []
+
+        def detach() -> int:
+            conn = getconn(pool, "its")
+            pool.detach(conn)
+            kept.append(conn)
+            return int(conn.info.backend_pid)
+
+        pid = in_thread(detach) if pool._in_background else detach()
+        pool.run_maintenance(time.monotonic())
+        assert outside.state(pid) == "idle"
+        assert pool.get_stats()["pool_size"] == 0
+        kept.clear()  # as of psycopg2's own, the last reference closes it
+        eventually(lambda: outside.state(pid) is None)
+
+    @over(OURS)
+    def test_a_waiter_gets_a_new_one(self, make: MakePool) -> None:
+        pool = make(0, 1, timeout=20)
+        conn = pool.getconn()
+        if not pool._in_background:
+            pool.detach(conn)
+            assert pool.getconn() is not conn
+            return
+        waiter = Call(lambda: pool.putconn(pool.getconn()))
+        eventually(pool.waiters)
+        in_thread(pool.detach, conn)  # any thread may do so
+        waiter.result()
+        conn.close()
+
+    @over(OURS)
+    def test_a_block_ends_without_it_and_a_checkout_keeps_it(self, make: MakePool) -> None:
+        pool = make(0, 2)
+        with pool.connection() as conn:
+            pool.detach(conn)
+        assert not conn.closed
+        conn.close()
+        checkout = pool.checkout()
+        with pytest.raises(zpgpool.PoolError, match="a checkout has it"):
+            pool.detach(checkout.conn)
+        checkout.putconn()
+        assert pool.get_stats()["pool_size"] == pool.get_stats()["pool_available"]
+
+
 class TestMaxconn:
     @over(KEYED, "keep")
     def test_maxconn_is_strict(self, make: MakePool) -> None:

@@ -84,6 +84,9 @@ def test_each_has_its_reason(factory: Any, make_pool: MakePool, told: list[Any],
     in_thread(lambda: setattr(pool, "kept", pool.getconn(*keys)))
     pool.run_maintenance(time.monotonic())
     eventually(lambda: len(of(told, interfaces.IConnectionClosed)) == 6)
+    conn = pool.getconn()
+    pool.detach(conn)
+    conn.close()
     assert [event.reason for event in of(told, interfaces.IConnectionClosed)] == [
         "its user asked for it",
         "the server has gone",
@@ -91,8 +94,9 @@ def test_each_has_its_reason(factory: Any, make_pool: MakePool, told: list[Any],
         "it could not be made clean",
         "drained",
         "its thread has ended",
+        "its user detached it",
     ]
-    assert len(of(told, interfaces.IConnectionOpened)) == 6
+    assert len(of(told, interfaces.IConnectionOpened)) == 7
 
 
 def test_a_connect_that_fails(dsn: str, told: list[Any]) -> None:

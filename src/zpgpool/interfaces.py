@@ -191,6 +191,13 @@ class IPoolManagement(Interface):
         connection is closed when it is returned: so no other user's query is cancelled.
         """
 
+    def detach(conn: Connection) -> None:
+        """Take a connection that is in use out of the pool, for good: there is room for another one.
+
+        `conn` stays open, as it is, and belongs to the caller, who closes it. From any thread. Raises `PoolError` for a
+        connection that is not in use here, or that a checkout has: a transaction's, for one.
+        """
+
     def drain() -> None:
         """Replace every connection: idle ones are closed now, the others when they are returned."""
 

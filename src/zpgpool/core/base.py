@@ -19,7 +19,6 @@ from itertools import count
 from os import getpid
 from time import monotonic
 from typing import Any
-from typing import NoReturn
 from typing import TypeVar
 
 import psycopg2
@@ -366,10 +365,6 @@ class AbstractConnectionPool(ManagedPool):
         """Mend the queue after a thread has ended, or an exception has hit one."""
         self._reap()
         self._connections.trim(later=True)
-
-    def _refuse(self, why: str) -> NoReturn:
-        self._check_open()
-        raise PoolError(f"{self!r}: {why}")
 
     def _forget(self) -> None:
         """In a forked child: leave the parent its connections, and begin anew."""

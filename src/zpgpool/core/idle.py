@@ -266,6 +266,14 @@ class IdleConnections:
             log.debug("%s closed a connection: %s", self._notifier, reason)
             self._notifier.closed(entry, reason)
 
+    def detach(self, entry: Entry) -> None:
+        """Give away the room of a connection that is in use, and that its user keeps."""
+        entry.state = CLOSING
+        entry.sock.close()
+        if self.handoff.free(entry):
+            log.debug("%s detached a connection", self._notifier)
+            self._notifier.closed(entry, "its user detached it")
+
     def discard_later(self, entry: Entry, reason: str) -> None:
         """Do as `discard`, in another thread: the server may be silent, and the caller has no time for that."""
         entry.state = CLOSING

@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Callable
 from os import getpid
 from time import monotonic
+from typing import NoReturn
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
 from ..errors import PoolClosed
+from ..errors import PoolError
 from ..interfaces import IObserver
 from ..settings import PoolSettings
 from .entry import Entry
@@ -20,6 +22,7 @@ from .hangup import CANCEL
 from .hangup import cancel
 from .lines import current_lines
 from .notifier import Notifier
+from .owners import CheckoutOwner
 from .owners import Holder
 from .owners import Waiter
 from .timer import MaintenanceTimer
@@ -80,6 +83,15 @@ class ManagedPool(Users):
                 return entry.since == since and cancel([entry], timeout) > 0
         return False
 
+    def detach(self, conn: Connection) -> None:
+        """See `IPoolManagement`."""
+        for owner, entry in self._users():
+            is_ours = entry.connection() is conn and not isinstance(owner, CheckoutOwner)
+            if is_ours and self._remove_user(owner, entry):
+                self._connections.detach(entry)
+                return
+        self._refuse("the connection is not in use, or a checkout has it")
+
     def get_stats(self) -> dict[str, int]:
         """See `IConnectionPool`."""
         self.check_process()
@@ -134,6 +146,10 @@ class ManagedPool(Users):
         self.check_process()
         if self.closed:
             raise PoolClosed(f"{self!r}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._check_open()
+        raise PoolError(f"{self!r}: {why}")
 
     @abstractmethod
     def _forget(self) -> None:
