@@ -211,12 +211,7 @@ def recover(args: argparse.Namespace) -> None:
     errors = []
     with closing(conn):
         in_doubt = list_in_doubt(conn)
-        wishes = dict.fromkeys(args.rollback, False) | dict.fromkeys(args.commit, True)
-        if both := sorted(set(args.rollback) & set(args.commit)):
-            raise CommandError(f"{both[0]}: either --commit or --rollback")
-        strange = sorted(set(wishes) - {each.id for each in in_doubt})
-        if strange:
-            raise CommandError(f"no transaction {strange[0]!r} of zpgpool is prepared in this database")
+        wishes = _wishes(args, {each.id for each in in_doubt})
         proposed = _proposals(conn, args.zodb, in_doubt) if args.zodb is not None and in_doubt else {}
         if args.yes:
             wishes = {id: commit for id, (commit, _) in proposed.items() if commit is not None} | wishes
@@ -235,6 +230,16 @@ def recover(args: argparse.Namespace) -> None:
                     errors.append(str(error))
     if errors:
         raise CommandError("; ".join(errors))
+
+
+def _wishes(args: argparse.Namespace, known: set[str]) -> dict[str, bool]:
+    """Return what the command line says: for which transactions, and whether to commit."""
+    if both := sorted(set(args.rollback) & set(args.commit)):
+        raise CommandError(f"{both[0]}: either --commit or --rollback")
+    wishes = dict.fromkeys(args.rollback, False) | dict.fromkeys(args.commit, True)
+    if strange := sorted(wishes.keys() - known):
+        raise CommandError(f"no transaction {strange[0]!r} of zpgpool is prepared in this database")
+    return wishes
 
 
 def _proposals(conn: Connection, source: str, in_doubt: list[InDoubt]) -> dict[str, tuple[bool | None, str]]:

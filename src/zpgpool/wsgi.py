@@ -25,8 +25,6 @@ from .core import watch
 from .errors import database_error
 from .errors import one_line
 from .errors import PoolError
-from .interfaces import IKeyedConnectionPool
-from .interfaces import IPersistentConnectionPool
 from .interfaces import IPoolInternals
 from .interfaces import IPoolManagement
 from .registry import get_pool
@@ -42,11 +40,10 @@ from .request import is_demotion
 from .request import is_repeatable
 from .request import is_safe
 from .request import is_unavailable
-from .request import KeyedLease
 from .request import Lease
+from .request import lease_class
 from .request import lease_keys
 from .request import local
-from .request import OwnLease
 from .request import ReplicaLease
 from .request import reveal
 from .request import ThreadLease
@@ -131,6 +128,7 @@ class PoolMiddleware:
         self._is_left_out = False  # the replica
         self._process = getpid()
         self._disconnects = Disconnects() if cancel_on_disconnect else None
+        self._has_options = eager or cancel_on_disconnect
 
     @property
     def pool(self) -> Pool:
@@ -143,7 +141,7 @@ class PoolMiddleware:
 
     def _adopt(self, pool: Pool) -> None:
         self._is_for_one_thread = isinstance(pool, SimpleConnectionPool)
-        self._lease_class = _lease_class(pool)
+        self._lease_class = lease_class(pool)
         settings: PoolSettings | None = getattr(pool, "settings", None)
         self._has_replica = bool(getattr(settings, "replica", ""))
         self._commits_at_once = getattr(settings, "autocommit", None) == "safe"
@@ -233,16 +231,11 @@ class PoolMiddleware:
         if self._commits_at_once and is_safe(environ):
             lease.commits_at_once = True
         response = HeldResponse()
-        response.start_response = start_response
-        response.hook = hook
+        response.start_response, response.hook = start_response, hook
         goes_on = begins_again = False
         try:
-            if environ.get("wsgi.run_once") and IPoolInternals.providedBy(lease.pool):
-                lease.pool.forgo_timer()
-            if self._disconnects is not None:
-                self._disconnects.add(lease, environ)
-            if self.eager:
-                environ["zpgpool.connection"] = lease.connection()
+            if self._has_options or environ.get("wsgi.run_once"):
+                self._prepare(environ, lease)
             body = self.app(environ, response)
             if type(body) is not list and not is_complete(body, environ):
                 body, goes_on = begin_body(body, lease, response, original), True
@@ -253,25 +246,35 @@ class PoolMiddleware:
             if not begins_again:
                 body = self._refuse(error, environ, response, lease)
         finally:
-            if goes_on:
-                lease.pause()
-            else:
-                lease.end()
+            end = lease.pause if goes_on else lease.end
+            end()
             if before is not None:
                 environ[self._key] = before
         if begins_again and original is not None:
             environ.clear()
             environ.update(original)
-            if begin_again is not None:
-                return begin_again()
-            lease = self._lease_class(lease.pool, environ, sys._getframe())
-            return self._serve(environ, start_response, lease, before)
+            return self._serve_again(environ, start_response, lease, before) if begin_again is None else begin_again()
         try:
             response.send()
         except BaseException:  # the server's: it will not close what it never gets
             close_body(body)
             raise
         return body
+
+    def _prepare(self, environ: WSGIEnvironment, lease: Lease) -> None:
+        """Do before the application what few servers and options want."""
+        if environ.get("wsgi.run_once") and IPoolInternals.providedBy(lease.pool):
+            lease.pool.forgo_timer()
+        if self._disconnects is not None:
+            self._disconnects.add(lease, environ)
+        if self.eager:
+            environ["zpgpool.connection"] = lease.connection()
+
+    def _serve_again(
+        self, environ: WSGIEnvironment, start_response: StartResponse, failed: Lease, before: object
+    ) -> Iterable[bytes]:
+        lease = self._lease_class(failed.pool, environ, sys._getframe())
+        return self._serve(environ, start_response, lease, before)
 
     def _may_begin_again(
         self, error: Exception, original: WSGIEnvironment | None, response: HeldResponse, lease: Lease
@@ -363,7 +366,7 @@ class PoolMiddleware:
         outer = environ.get(key)
         if not (isinstance(outer, Lease) and outer.pool is replica and not outer.is_over):
             outer = self._find_outer(environ, None, replica)
-        reader = environ[key] = outer or _lease_class(replica)(replica, environ, primary.frame)
+        reader = environ[key] = outer or lease_class(replica)(replica, environ, primary.frame)
         return ReplicaLease(primary, reader, outer is None, environ)
 
     def _find_replica(self, pool: Pool, settings: PoolSettings) -> Pool | None:
@@ -384,12 +387,6 @@ class PoolMiddleware:
             else:
                 log.warning("the replica %r is read from again", settings.replica)
         return None if why else replica
-
-
-def _lease_class(pool: Pool) -> Callable[..., Lease]:
-    if IPersistentConnectionPool.providedBy(pool):
-        return ThreadLease
-    return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
 def _check_threads(pool: Pool, environ: WSGIEnvironment) -> None:

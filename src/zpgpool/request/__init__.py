@@ -8,11 +8,10 @@ from .failures import is_demotion
 from .failures import is_unavailable
 from .failures import reveal
 from .lease import current_lease
-from .lease import KeyedLease
 from .lease import Lease
+from .lease import lease_class
 from .lease import lease_keys
 from .lease import local
-from .lease import OwnLease
 from .lease import ThreadLease
 from .replica import asks_for_primary
 from .replica import fail_over
@@ -30,9 +29,7 @@ __all__ = [
     "Disconnects",
     "Headers",
     "HeldResponse",
-    "KeyedLease",
     "Lease",
-    "OwnLease",
     "ReplicaLease",
     "SharedCheckout",
     "ThreadLease",
@@ -46,6 +43,7 @@ __all__ = [
     "is_repeatable",
     "is_safe",
     "is_unavailable",
+    "lease_class",
     "lease_keys",
     "local",
     "may_succeed_on_primary",

@@ -20,12 +20,16 @@ from ..core import tasks
 from ..core import Work
 from ..errors import PoolClosed
 from ..errors import PoolError
+from ..interfaces import IKeyedConnectionPool
+from ..interfaces import IPersistentConnectionPool
 from ..interfaces import IPoolManagement
 from .shared import SharedCheckout
 from .shared import Transaction
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import psycopg2
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
@@ -361,6 +365,13 @@ class KeyedLease(OwnLease):
 
     def _getconn(self) -> Connection:
         return self.pool.getconn(self)
+
+
+def lease_class(pool: Pool) -> Callable[..., Lease]:
+    """Return what makes a lease of `pool`."""
+    if IPersistentConnectionPool.providedBy(pool):
+        return ThreadLease
+    return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
 
 
 def current_lease(pool: object) -> Lease | None:
