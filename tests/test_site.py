@@ -248,16 +248,12 @@ def test_who_blocks_whom_across_processes(folder: Path, dsn: str) -> None:
         calls = [Call(site.get, f"/report?{lock}")]
         eventually(lambda: site.whole()["pools"][0]["holders"])
         [holder] = site.whole()["pools"][0]["holders"]
-
-        def other() -> bool:
-            """A waiter in the other process: requests go where the kernel likes."""
-            if len(calls) < 12:
-                calls.append(Call(site.get, f"/late/{len(calls)}?{lock}"))
-            time.sleep(0.05)
-            held = site.look()["pools"][0]["holders"]
-            return any(each["process"] != holder["process"] and each["server"]["blockers"] for each in held)
-
-        eventually(other)
+        os.kill(holder["process"], signal.SIGSTOP)  # requests go where the kernel likes: this one to the other process
+        try:
+            calls.append(Call(site.get, f"/late?{lock}"))
+            eventually(lambda: [each for each in site.look()["pools"][0]["holders"] if each["request"] == "GET /late"])
+        finally:
+            os.kill(holder["process"], signal.SIGCONT)
         words = (
             f"waits for a lock of backend {holder['backend_pid']}, which is GET /report in process {holder['process']}"
         )
