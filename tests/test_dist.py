@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from test_types import CHECKERS
 
 
 pytestmark = pytest.mark.slow  # they install
@@ -151,11 +151,6 @@ pool.getconn(1)  # a persistent pool has no keys
 """
 
 WRONG = f"program.py:{PROGRAM.count(chr(10))}"
-
-CHECKERS = {
-    "mypy": ["mypy", "--strict", f"--config-file={os.devnull}", "--python-executable"],
-    "basedpyright": ["basedpyright", "--pythonpath"],
-}
 
 
 @pytest.mark.parametrize("checker", CHECKERS)

@@ -1,6 +1,6 @@
 """The contracts of `interfaces` as type checkers know them: a pool of another class fits where these are asked for.
 
-`tests/test_types.py` compares both. Knows nothing at run time.
+`tests/test_third_party.py` compares both. Knows nothing at run time.
 """
 
 from __future__ import annotations
