@@ -52,6 +52,7 @@ CORE = */interfaces.py,*/events.py,*/settings.py,*/errors.py,*/dsn.py,*/registry
 lint: .venv/lint.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell -D - -D docs/words.txt
 	$(BIN)/mypy
 
 format: .venv/format.stamp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -243,11 +244,17 @@ def make_pool(dsn: str) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(autouse=True)
-def clean_registry() -> Iterator[None]:
+def clean_process() -> Iterator[None]:
+    """Undo what a test, or a page of the documentation that it runs, did to its process for good."""
     subscribers = list(zope.event.subscribers)
+    loggers = {name: logging.getLogger(name) for name in (None, "zpgpool")}
+    before = {name: (logger.level, list(logger.handlers), logger.disabled) for name, logger in loggers.items()}
     yield
     cleanUp()
-    zope.event.subscribers[:] = subscribers  # a status page subscribes for good
+    zope.event.subscribers[:] = subscribers
+    for name, logger in loggers.items():
+        level, logger.handlers[:], logger.disabled = before[name]
+        logger.setLevel(level)
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -501,7 +501,7 @@ def inherited(peer: Peer, outside: Outside) -> str:
 
 
 def threads_end(peer: Peer, outside: Outside) -> str:
-    """Four threads end without giving their connections back; a user comes."""
+    """Four threads end without returning their connections; a user comes."""
     kept: list[Any] = []  # as a reference somewhere in an application does
 
     def take() -> None:
@@ -520,7 +520,7 @@ def threads_end(peer: Peer, outside: Outside) -> str:
 
 
 def waiting(peer: Peer, outside: Outside) -> str:
-    """All four are in use, one more user comes, and one is given back."""
+    """All four are in use, one more user comes, and one is returned."""
     conns = [peer.get() for _ in range(4)]
     timer = threading.Timer(0.2, lambda: peer.put(conns.pop()))
     timer.start()

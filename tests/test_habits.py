@@ -253,7 +253,7 @@ def test_the_hooks_are_what_make_lint_runs() -> None:
 
 @pytest.mark.slow
 def test_git_refuses_a_commit_that_make_lint_would(clone: Path) -> None:
-    need("pre-commit", "ruff", "mypy")
+    need("pre-commit", "ruff", "codespell", "mypy")
     own = {"PRE_COMMIT_HOME": str(clone.parent / "pre-commit")}
     assert done(clone, ".venv/bin/pre-commit", "validate-config") == ""
     done(clone, ".venv/bin/pre-commit", "install", **own)
@@ -265,6 +265,7 @@ def test_git_refuses_a_commit_that_make_lint_would(clone: Path) -> None:
     assert re.findall(r"^([\w ]+)\.\.\..*(Passed|Failed)", refused.stdout, re.MULTILINE) == [
         ("ruff check", "Failed"),
         ("ruff format", "Failed"),
+        ("codespell", "Passed"),
         ("mypy", "Failed"),
     ], refused.stdout
     assert "F401" in refused.stdout

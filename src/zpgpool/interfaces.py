@@ -270,7 +270,7 @@ class IObserver(Interface):
         """Do what is due in a round of the pool's timer at `now`; return when there should be another one."""
 
     def forget() -> None:
-        """Begin anew: in a forked child nothing of the pool's has happened yet."""
+        """Begin again: in a forked child nothing of the pool's has happened yet."""
 
 
 class IPoolEvent(Interface):

@@ -1,4 +1,4 @@
-"""The settings of a pool: one table for every door (keywords, ini files, ZCML, the command line, the reference page).
+"""The settings of a pool: one table for all who read them (keywords, ini files, ZCML, the command line, the docs).
 
 Knows nothing of the front ends. A value may come as text (from a file) or as itself (from Python); what is refused is
 refused with the name of the option, never with the text of a connection string.

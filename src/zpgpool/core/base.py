@@ -1,6 +1,6 @@
 """What the pools share: making, closing, maintenance, and the slow halves of getconn and putconn.
 
-Knows nothing of WSGI or of transactions.
+Knows nothing of WSGI, or of the package `transaction`.
 """
 
 from __future__ import annotations
@@ -359,15 +359,15 @@ class AbstractConnectionPool(ManagedPool):
         self._connections.after_return()
         is_settled = len(self._connections.handoff) <= self.maxconn and not self.closed
         if is_settled and self._in_background and self.settings.idle_timeout != 0:
-            self._watch_at = NEVER  # since a resize() was followed
+            self._watch_at = NEVER  # nothing is left to do after a resize()
 
     def _tidy(self) -> None:
-        """Mend the queue after a thread has ended, or an exception has hit one."""
+        """Repair the queue after a thread has ended, or an exception has hit one."""
         self._reap()
         self._connections.trim(later=True)
 
     def _forget(self) -> None:
-        """In a forked child: leave the parent its connections, and begin anew."""
+        """In a forked child: leave the parent its connections, and begin with none."""
         for entry in self._connections.handoff.slots:
             if entry.is_attached:
                 entry.abandon()

@@ -153,10 +153,10 @@ class Connections(IdleConnections):
         return not any(slot.is_open for slot in self.handoff.slots)
 
     def _coming(self, start: float) -> float:
-        """Return for how many connections a checkout that may not wait, and those ahead of it, should stay.
+        """Return how many connections will come, so that a checkout with `timeout=0` stays in the queue for its own.
 
-        For its connect as long as that takes, as with psycopg2. For what is being judged or closed not for long since
-        `start`: that may hang.
+        It waits for a connect as long as that takes, as psycopg2 does. It waits for a connection that is being judged,
+        or closed, only until PING after `start`: that may hang.
         """
         if self.backoff.is_young:
             return math.inf

@@ -1,6 +1,6 @@
 """One connection of a pool: its times, whether it lives, and how it is reset.
 
-Knows nothing of the pool, of other entries, or where the time comes from.
+Knows nothing of the pool, or of other entries.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Entry(Slot):
         "waiter",
     )
 
-    #: The connection; gone while a user without a key has it: only that user keeps it alive then.
+    #: The connection. Deleted while a user without a key has it, so that only the user's reference keeps it alive.
     conn: Connection
     #: Always the connection, but weakly: a connection that its user lost is closed, and its slot is room again.
     ref: weakref.ref[Connection]

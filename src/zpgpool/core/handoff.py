@@ -1,6 +1,7 @@
 """Where slots rest between two users, and where users wait for one.
 
-Knows no database: it hands over *slots*, of which there are at most `limit`, and tests hand over integers.
+Knows no database: it hands over *slots*, of which there are at most `limit`. A test hands over slots without a
+connection.
 
 1. A slot has one home: parked, in a ticket, or in the hands of one thread. The thread that removes it there owns it.
 2. Return: park first, then look at the queue.
@@ -163,7 +164,7 @@ class Handoff(Generic[S]):
             self._refs.discard(weakref.ref(slot))
         if self.queue and self.serve() is not None:
             with suppress(IndexError):
-                self.queue[0].wakeup.put(None)  # there was no pause when it went to sleep
+                self.queue[0].wakeup.put(None)  # it sleeps for longer than the pause that `serve` has named
         self._tell_if_empty()
         return is_first
 
@@ -280,7 +281,7 @@ class Handoff(Generic[S]):
             if ticket.is_settled:
                 return
             if rest <= 0:
-                soon = coming()  # first: a thread that is served meanwhile is in neither
+                soon = coming()  # before `ahead`: who is served in between counts in neither
                 try:
                     ahead = self.queue.index(ticket)
                 except ValueError:  # it has just been answered

@@ -114,7 +114,7 @@ class IdleConnections:
     def expire(self, now: float, later: bool = False) -> int:
         """Close what is idle for too long, or too old: as many steps as there are such connections.
 
-        Not below `minconn`, where there is room for others: returns how many stay until those are open.
+        Keeps `minconn` open while there is room to open their replacements first: returns how many must be replaced.
         """
         staying = 0
         if idle_timeout := self.settings.idle_timeout:

@@ -1,4 +1,4 @@
-"""How far the server of a replica's pool is behind its primary: looked at aside, while requests are served.
+"""How far the server of a replica's pool is behind its primary: measured in a thread of its own.
 
 See the PostgreSQL documentation, "Recovery Information Functions" and "pg_stat_wal_receiver".
 """

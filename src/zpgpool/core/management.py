@@ -153,4 +153,4 @@ class ManagedPool(Users):
 
     @abstractmethod
     def _forget(self) -> None:
-        """In a forked child: leave the parent its connections, and begin anew."""
+        """In a forked child: leave the parent its connections, and begin with none."""

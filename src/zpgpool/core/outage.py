@@ -20,7 +20,7 @@ class Diagnosis(Enum):
     OUTAGE = 1
     #: The server has as many clients as it takes (53300): it is over when one of them leaves.
     FULL = 2
-    #: A wrong password, an unknown database: it stays until it is mended by hand.
+    #: A wrong password, an unknown database: it stays until somebody fixes it.
     REFUSAL = 3
 
 

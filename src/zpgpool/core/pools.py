@@ -72,7 +72,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
         owner = self.here.owner
         entry = owner.entry
         if entry is None or (conn is not None and conn is not entry.conn):
-            self._refuse("this thread does not hold that connection; was it put away before?")
+            self._refuse("this thread does not hold that connection; was it returned before?")
         if entry.checkout is not None and entry.has_checkout:
             return  # by a transaction: that puts it away
         owner.entry = None
@@ -266,7 +266,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
                     continue
                 if entry.connection() is conn or (conn is None and key is not None):
                     return self._used.pop(used_key)
-        return self._refuse("the connection is not in use, or not with this key; was it put away before?")
+        return self._refuse("the connection is not in use, or not with this key; was it returned before?")
 
     def checkout(self, conn: Connection | None = None) -> Checkout:
         """See `IConnectionPool`."""

@@ -1,4 +1,4 @@
-"""A session as psycopg2 knows it, without asking the server: set up, watched for changes, compared, brought back.
+"""The settings of a session: set up, watched for changes, compared and brought back, mostly without a round trip.
 
 Knows nothing of pools.
 """
@@ -34,7 +34,8 @@ class Watched(Connection):
     """Mixed into a connection class, behind the user's own: notes whether what `session_of` reads may have changed.
 
     To read and compare all that is a quarter of a checkout and return (docs/performance.rst), and few change it.
-    A change is noted before, for one that is interrupted, and after, for another thread that has compared meanwhile.
+    A change is noted before it is made, in case it is interrupted, and again after it, in case another thread has
+    compared the session meanwhile.
     """
 
     __slots__ = ()

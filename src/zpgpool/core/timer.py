@@ -1,7 +1,7 @@
 """The timer: one daemon thread of this process, which calls `run_maintenance(now)` of each pool when that is due.
 
-Owns the only thread of this package that lives on, and knows one method name. Pools are held weakly: the thread ends
-when none is left.
+Owns the only thread of `core` that lives on, and knows one method name. Pools are held weakly: the thread ends when
+none is left.
 """
 
 from __future__ import annotations

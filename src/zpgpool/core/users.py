@@ -89,7 +89,7 @@ class Users(ABC):
 
     def _end_block(self, key: Hashable, conn: Connection | None) -> None:
         entry = self._entry_of(key)
-        # None: an exception came before it could be told which one that is.
+        # conn is None: an exception came before `getconn` could return it.
         if entry is not None and (conn is None or entry.connection() is conn):
             self._put_away(key, entry)
         self._blocks.pop(key, None)

@@ -1,4 +1,6 @@
-"""Threads for what may hang: closing, cancelling, connecting. Few, with names, and daemons: none keeps a process alive.
+"""Threads for what may hang: closing and cancelling have few, a connect has one of its own.
+
+All have names, and are daemons: none keeps a process alive.
 
 Knows nothing of pools. A signal's handler may raise between any two lines here, in the main thread: so nothing rests on
 a counter that two lines keep, or on `threading.Event` and `Condition`, whose locks such an exception leaves taken.

@@ -1,4 +1,7 @@
-"""What is to be seen of pools: what doors may import of it. It imports from `core` and the leaves only."""
+"""What is seen of pools: the names that the modules at the top may import of it.
+
+It imports from `core` and the leaves only.
+"""
 
 from .beside import Beside
 from .counters import COUNTERS

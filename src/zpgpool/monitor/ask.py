@@ -45,7 +45,7 @@ def ask_all(folder: Folder, what: str, own: Place | None = None, seconds: float 
         if (document := _document(texts.get(place))) is not None:
             answers.documents[place] = document
         elif place.is_running():
-            # One that refuses and runs is another one that got the number, or is just beginning, or ending.
+            # A process that runs, but refuses, has got the number of one that ended; or it is just starting, or ending.
             (answers.ended if place in refused else answers.silent).append(place)
         else:
             answers.ended.append(place)

@@ -92,7 +92,7 @@ class Beside(PerProcess):
     def begin(self) -> None:
         """See `PerProcess`: the port may be another process's for as long as that lives.
 
-        Root leaves it to what it begins for the site's user, as `Share` does.
+        A process of root leaves the port to its workers, which run as the site's user, as `Share` does.
         """
         if self._folder is not None and os.geteuid() != self._folder.owner:
             self._pid = 0

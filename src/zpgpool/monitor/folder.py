@@ -153,7 +153,7 @@ class Folder:
             raise
 
     def stamp(self, name: str) -> tuple[int, ...]:
-        """Return what differs whenever the file was written anew."""
+        """Return what differs whenever the file was written again."""
         try:
             status = os.lstat(self.join(name))
         except FileNotFoundError:

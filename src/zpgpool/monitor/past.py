@@ -1,4 +1,4 @@
-"""What processes that have ended, or do not answer, have counted: each wrote it into a file before it was shown.
+"""The counters of processes that have ended, or do not answer: each wrote them to a file before they were shown.
 
 A file for each process, and one for all whose files were added up and removed. A reader takes no lock: a process
 that is stopped may hold it.

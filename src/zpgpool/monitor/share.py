@@ -77,7 +77,7 @@ class Share(PerProcess):
         self._cannot_write = False
 
     def begin(self) -> None:
-        """See `PerProcess`. Root leaves the folder of a site to what it begins for the site's user."""
+        """See `PerProcess`. A process of root does not take part; its workers do, which run as the site's user."""
         if os.geteuid() != self.folder.owner:
             self._pid = 0  # not begun: a worker that becomes that user later begins with its next request
             return

@@ -1,4 +1,7 @@
-"""What a request does with a pool: what doors may import of it. It imports from `core` and the leaves only."""
+"""What a request does with a pool: the names that the modules at the top may import of it.
+
+It imports from `core` and the leaves only.
+"""
 
 from .body import begin_body
 from .body import is_complete

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
-    """Raise the error of which the application has made a page of its own, where another answer takes its place."""
+    """Raise the database error that the application has caught and answered with 500, if a better answer is known."""
     failure = lease.failure if (response.status or "").startswith("500") else None
     if failure is None or lease.connections() or not is_unavailable(failure, lease):
         is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection

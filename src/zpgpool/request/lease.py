@@ -96,7 +96,7 @@ class Lease(Work):
     #: Whether the request reads only, and its pool has `autocommit = safe`.
     commits_at_once = False
 
-    #: The connection for which that was set.
+    #: The connection on which autocommit was set for that.
     _at_once: Connection | None = None
 
     #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.

@@ -1,4 +1,4 @@
-"""Requests that only read: by what `wsgi` tells whether one may read from the replica, and what follows a write.
+"""The rules for reading from a replica, which `wsgi.PoolMiddleware` applies, and the lease of a request that reads.
 
 Safe methods are those of RFC 9110, section 9.2.1.
 """

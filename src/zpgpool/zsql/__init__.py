@@ -112,7 +112,7 @@ class Database:
 
         At most `max_rows` of them (all: None or 0). `query_data` are psycopg2's parameters.
 
-        Raises psycopg2's errors as they are: those that a retry may mend are `TransientError`s, too, which Zope
+        Raises psycopg2's errors as they are: those that a retry may fix are `TransientError`s, too, which Zope
         retries. After any other the transaction cannot commit: nothing is rolled back, and then half committed.
         """
         description = None
