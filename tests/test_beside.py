@@ -266,6 +266,28 @@ def test_two_sites_without_a_common_folder_are_one_page(
                 call.result()
 
 
+def test_a_site_that_is_among_its_own_peers_counts_once(
+    folder: Path, dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/status"
+    with serving(folder, dsn, "--threads=8", workers=2, port=port, PEERS=url) as site:
+        call = Call(site.get, "/hold?sql=SELECT+pg_sleep(600)")
+        eventually(lambda: site.whole()["pools"][0]["holders"])
+        for _ in range(5):  # whichever worker asks, and whichever answers
+            seen = site.whole()
+            assert (seen["used"], seen["max"], len(seen["processes"])) == (1, 8, 2)
+            assert len({each["id"] for each in seen["processes"]}) == 2
+        monkeypatch.setenv("COLUMNS", "250")
+        assert main(["top", url, url.replace("127.0.0.1", "localhost"), "--once"]) == 0
+        text = capsys.readouterr().out
+        assert "1 in use, 0 idle: 1 open of 8 at most" in text
+        assert text.count("GET /hold") == 1
+        site.stop()
+        with suppress(Exception):
+            call.result()
+
+
 HAPROXY = """
 defaults
     mode http

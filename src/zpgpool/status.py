@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -109,6 +110,7 @@ class StatusApp:
         self._is_loopback_open = loopback
         self._show_sql = show_sql
         self._registry = registry
+        self._word = secrets.token_hex(8)
         try:
             self._peers = Peers(peers, token) if peers else None
         except SettingError as error:
@@ -181,13 +183,14 @@ class StatusApp:
         silent: list[tuple[int, str, str]] = []
         if self._share is None:
             seen = [describe(name, pool, monotonic()) for name, pool in pools]
-            told = [{"process": os.getpid(), "host": host, "zpgpool": package_version(), "pools": seen}]
+            own: Json = {"id": f"{self._word}-{os.getpid()}", "process": os.getpid(), "host": host}
+            told = [{**own, "zpgpool": package_version(), "pools": seen}]
         else:
             told, silent = self._share.snapshots()
         wanted = dict(parse_qsl(environ.get("QUERY_STRING", ""), errors="replace"))
         is_peers = "own" in wanted  # the page that asks adds up, and asks the server
         if self._peers is not None and not is_peers:
-            theirs, lost = self._peers.snapshots()
+            theirs, lost = self._peers.snapshots(each["id"] for each in told)
             told, silent = [*told, *theirs], [*silent, *lost]
         site = merge(told, silent)
         if not is_peers:

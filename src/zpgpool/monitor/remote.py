@@ -111,11 +111,27 @@ class Peers:
         self._peers = [Peer(url, token) for url in urls]
         self._lock = threading.Lock()
         self._asked_at = float("-inf")
-        self._found: tuple[list[Json], list[tuple[int, str, str]]] = ([], [])
+        self._found: list[tuple[list[Json], list[tuple[int, str, str]]]] = []
         self._pid = os.getpid()
 
-    def snapshots(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
-        """Return what the processes there tell of their pools, and those that tell nothing, as `merge` takes them."""
+    def snapshots(self, own: Iterable[str] = ()) -> tuple[list[Json], list[tuple[int, str, str]]]:
+        """Return what the processes there tell of their pools, and those that tell nothing, as `merge` takes them.
+
+        own -- the `id` of each process that is known already. A page that has one of these is of the same folder, and
+            left out: a machine that is among its own peers, or has two addresses, does not count twice.
+        """
+        told: list[Json] = []
+        silent: list[tuple[int, str, str]] = []
+        known = set(own)
+        for good, bad in self._fresh():
+            ids = {each["id"] for each in good}
+            if not ids & known:
+                known |= ids
+                told += good
+                silent += bad
+        return told, silent
+
+    def _fresh(self) -> list[tuple[list[Json], list[tuple[int, str, str]]]]:
         if self._pid != os.getpid():
             self._pid, self._lock = os.getpid(), threading.Lock()  # another thread of the parent may have held it
         with self._lock:
@@ -124,9 +140,7 @@ class Peers:
                 self._asked_at = monotonic()
             return copy.deepcopy(self._found)  # the caller adds to them
 
-    def _ask(self) -> tuple[list[Json], list[tuple[int, str, str]]]:
-        told: list[Json] = []
-        silent: list[tuple[int, str, str]] = []
+    def _ask(self) -> list[tuple[list[Json], list[tuple[int, str, str]]]]:
         for peer in self._peers:
             try:
                 peer.begin()
@@ -135,13 +149,12 @@ class Peers:
         until = monotonic() + DEADLINE
         for peer in self._peers:
             peer.wait(until)
-            if peer.snapshot is None:
-                silent.append((0, peer.address, peer.trouble))
-                continue
-            good, bad = _sort_out(peer.snapshot, peer.address)
-            told += good
-            silent += bad
-        return told, silent
+        return [
+            ([], [(0, peer.address, peer.trouble)])
+            if (snapshot := peer.snapshot) is None  # once: its thread may still be at it
+            else _sort_out(snapshot, peer.address)
+            for peer in self._peers
+        ]
 
 
 def _sort_out(snapshot: Json, address: str) -> tuple[list[Json], list[tuple[int, str, str]]]:

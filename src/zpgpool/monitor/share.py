@@ -62,6 +62,7 @@ class Share(PerProcess):
     def __init__(self, folder: Folder, pools: Callable[[], Pools]) -> None:
         self.folder = folder
         self._pools = pools
+        self._word = secrets.token_hex(8)
         self._reset()
         super().__init__()
 
@@ -136,7 +137,8 @@ class Share(PerProcess):
     def document(self, what: str) -> Json:
         """Return what this process tells of itself: with its `pools`, its `numbers`, or neither."""
         told: Json = {"format": FORMAT, "zpgpool": package_version(), "process": os.getpid()}
-        told |= {"host": socket.gethostname(), "is_bare": self._is_bare()}
+        # The number makes it another one in a fork.
+        told |= {"id": f"{self._word}-{os.getpid()}", "host": socket.gethostname(), "is_bare": self._is_bare()}
         if what == "pools":
             now = time.monotonic()
             told["pools"] = [describe(name, pool, now) for name, pool in self._pools()]

@@ -57,7 +57,7 @@ POOL = {
     "stats": dict,
 }
 
-DOCUMENT = {"process": int, "host": str, "zpgpool": str, "is_bare": bool, "pools": [POOL]}
+DOCUMENT = {"id": str, "process": int, "host": str, "zpgpool": str, "is_bare": bool, "pools": [POOL]}
 
 LAG = {"seconds": MAYBE, "ago": MAYBE, "trouble": str}
 
@@ -114,12 +114,12 @@ def total(snapshot: Mapping[str, Any]) -> Json:
 
 
 def _process(document: Json) -> Json:
-    shown = {key: document[key] for key in ("process", "host", "zpgpool", "pools")}
+    shown = {key: document[key] for key in ("id", "process", "host", "zpgpool", "pools")}
     return {**shown, **total(document), "trouble": "", "is_odd": False}
 
 
 def _silent(process: int, host: str, why: str) -> Json:
-    shown = {"process": process, "host": host, "zpgpool": "", "pools": []}
+    shown = {"id": "", "process": process, "host": host, "zpgpool": "", "pools": []}
     return {**shown, **total(shown), "trouble": why, "is_odd": True}
 
 
