@@ -23,6 +23,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psycopg2
 import pytest
 from benchmarks.harness import free_port
 
@@ -462,12 +463,15 @@ def test_500_odd_things_are_left_alone(share: Path, make_pool: Callable[..., Any
 
 #: What a reader of the JSON may rely on under version 1 (docs/site.rst). More may come; nothing of it may go.
 KEYS = {
-    "": "asked at host idle longest_wait max open pools process processes used version waiting",
+    "": (
+        "asked at host idle longest_wait max open pools process processes unknown unknown_sessions used version waiting"
+    ),
     "asked": "path process",
-    "processes": "host idle is_odd longest_wait max open pools process trouble used waiting zpgpool",
+    "unknown_sessions": ("age application_name backend_pid client pool query seconds state wait_event wait_event_type"),
+    "processes": "host id idle is_odd longest_wait max open pools process trouble used waiting zpgpool",
     "pools": (
-        "holders idle incidents is_closed kind lag last_connect_error max min name outage_seconds samples server_note "
-        "size stats used waiters waiting"
+        "backends holders idle incidents is_closed kind lag last_connect_error max min name outage_seconds samples "
+        "server_note size stats used waiters waiting"
     ),
     "pools.holders": "backend_pid host line process request seconds server status thread",
     "pools.waiters": "host line process request seconds thread",
@@ -476,15 +480,19 @@ KEYS = {
 }
 
 
-def test_the_json_has_the_keys_of_its_version(make_pool: Callable[..., Any], app: StatusApp) -> None:
+def test_the_json_has_the_keys_of_its_version(
+    make_pool: Callable[..., Any], app: StatusApp, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert VERSION == 1
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=20, name="main")
     zpgpool.register_pool(pool, "main")
+    monkeypatch.setattr("zpgpool.monitor.snapshot.YOUNG", 0.0)
     conn = pool.getconn()
     waiting = Call(lambda: pool.putconn(pool.getconn()))
     eventually(pool.waiters)
     history_of(pool).maintain(time.monotonic())
-    snapshot = json.loads(ask(app, "/json").body)
+    with closing(psycopg2.connect(dsn)):
+        snapshot = json.loads(ask(app, "/json").body)
     pool.putconn(conn)
     waiting.result()
     assert snapshot["version"] == VERSION
@@ -706,10 +714,13 @@ def test_64_processes(share: Path, dsn: str, make_pool: Callable[..., Any], brow
         assert len(document["pools"][0]["holders"]) == 8
         start = time.monotonic()
         many = [json.loads(json.dumps({**document, "process": 1000 + number})) for number in range(64)]
+        none: dict[str, Any] = {"unknown": None, "unknown_sessions": []}
         site = merge(many)
         name_blockers(site["pools"])
         asked = {"process": "", "path": ""}
-        drawn = draw_site({**total(site), **site, "at": time_of_day(), "process": 1, "host": "x", "asked": asked})
+        drawn = draw_site(
+            {**total(site), **site, **none, "at": time_of_day(), "process": 1, "host": "x", "asked": asked}
+        )
         print(f"512 holders: {time.monotonic() - start:.3f} s, {len(drawn)} bytes")
         assert drawn.count("test_site.py") >= 512
         assert len(drawn) < 1_000_000

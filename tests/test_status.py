@@ -60,7 +60,7 @@ BUILD = Path(__file__).parent.parent / "build" / "status"
 STATUS = "/status"
 
 #: In the place of the question to the server.
-SLOW = "SET LOCAL statement_timeout='50ms'; SELECT pg_sleep(9), %s, %s"
+SLOW = "SET LOCAL statement_timeout='50ms'; SELECT pg_sleep(9)"
 
 
 class Answer:
@@ -415,7 +415,7 @@ class TestWithoutTheServer:
         self, pool: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pool.getconn()
-        sql = "SELECT pid, false, '', '', '', '', 0.0, null, '' FROM pg_stat_activity WHERE %s OR pid = ANY(%s)"
+        sql = "SELECT pid, false FROM pg_stat_activity WHERE pid = ANY(%(held)s)"
         monkeypatch.setattr("zpgpool.monitor.snapshot.ACTIVITY", sql)
         assert "a pooler is in between" in ask(StatusApp(), "/json").pool["server_note"]
         pool.putconn()

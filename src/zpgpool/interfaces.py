@@ -238,6 +238,9 @@ class IPoolInternals(IMaintained):
     def observe(observer: IObserver) -> None:
         """Tell `observer` from now on what `IObserver` lists. A return takes some microseconds more with that."""
 
+    def backend_pids() -> Sequence[int]:
+        """Return the process numbers of the server's side of all connections: in use, idle, or being closed."""
+
     def open_connection(**keywords: object) -> Connection:
         """Return a new connection to the pool's server that is none of the pool's, with `keywords` of libpq on top.
 

@@ -116,6 +116,7 @@ class StatusApp:
         except SettingError as error:
             raise SettingError(f"option 'peers': {error}") from None
         self._share = None if share is None else _share(share, registry)
+        self._is_site = self._share is not None or self._peers is not None
         self._beside = None if listen is None else Beside(listen, self, self._share.folder if self._share else None)
         self._metrics = _exposition(registry, self._share)
         begin()
@@ -166,7 +167,7 @@ class StatusApp:
         snapshot = self._take(environ)
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         links = f' · <a href="{root}/metrics">Metrics</a>' if self._metrics else ""
-        main = draw(snapshot) if self._share is None and self._peers is None else draw_site(snapshot)
+        main = draw_site(snapshot) if self._is_site else draw(snapshot)
         text = self._page.substitute(title=title(snapshot), root=root, links=links, main=main)
         return Response(text, content_type="text/html", charset="utf-8", vary="Accept")
 
@@ -193,8 +194,10 @@ class StatusApp:
             theirs, lost = self._peers.snapshots(each["id"] for each in told)
             told, silent = [*told, *theirs], [*silent, *lost]
         site = merge(told, silent)
+        unknown: list[Json] | None = None
         if not is_peers:
-            join_server(site["pools"], [dict(pools).get(pool["name"]) for pool in site["pools"]], self._show_sql)
+            here = [dict(pools).get(pool["name"]) for pool in site["pools"]]
+            unknown = join_server(site["pools"], here, self._show_sql, is_site=self._is_site)
         name_blockers(site["pools"])
         process = wanted.get("process", "")
         if process:  # after that: it may wait for a backend of another process
@@ -202,8 +205,10 @@ class StatusApp:
                 (each for each in told if str(each["process"]) == process),
                 (each for each in silent if str(each[0]) == process),
             )
-        snapshot = {"version": VERSION, "at": time_of_day(), "process": os.getpid(), "host": host}
-        return only({**snapshot, "asked": {"process": process, "path": wanted.get("path", "")}, **total(site), **site})
+        snapshot: Json = {"version": VERSION, "at": time_of_day(), "process": os.getpid(), "host": host}
+        snapshot["asked"] = {"process": process, "path": wanted.get("path", "")}
+        snapshot |= {"unknown": None if unknown is None else len(unknown), "unknown_sessions": unknown or []}
+        return only({**snapshot, **total(site), **site})
 
 
 #: One for each folder and registry: two pages of one process must not count its pools twice.

@@ -67,6 +67,11 @@ class ManagedPool(Users):
         now, lines = monotonic(), current_lines()
         return [Holder.of(owner, entry, now, lines) for owner, entry in self._busy()]
 
+    def backend_pids(self) -> list[int]:
+        """See `IPoolInternals`."""
+        self.check_process()
+        return [pid for entry in self._connections.handoff.slots if (pid := getattr(entry, "backend_pid", 0))]
+
     def waiters(self) -> list[Waiter]:
         """See `IPoolManagement`."""
         now, lines = monotonic(), current_lines()

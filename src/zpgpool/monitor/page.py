@@ -19,6 +19,9 @@ HEIGHT = 100
 #: Between two samples.
 STEP = WIDTH * EVERY / SPAN
 
+#: How many processes that give no answer are named.
+SILENT = 3
+
 Row = Sequence[tuple[str, str]]
 
 
@@ -50,7 +53,7 @@ def draw_site(snapshot: Json) -> str:
 <h2 id="site">The site <small>{len(processes)} processes</small></h2>
 <p class="verdict {"bad" if snapshot["waiting"] else "good"}">{_e(sums(snapshot))}</p>
 {chosen}{_table("No process answers.", map(_process, processes))}
-</section>
+{_unknown_sessions(snapshot["unknown_sessions"])}</section>
 {pools or "<p>No pool is registered.</p>"}
 <footer>Process {snapshot["process"]} has asked at {_e(when)}.</footer>"""
 
@@ -61,7 +64,42 @@ def sums(snapshot: Json) -> str:
     waits = f"{waiting} wait, the longest for {seconds(longest)}" if waiting else "nobody waits"
     return (
         f"{snapshot['used']} in use, {snapshot['idle']} idle: {snapshot['open']} open of {snapshot['max']} at most; "
-        f"{waits}."
+        f"{waits}.{_unknown(snapshot)}"
+    )
+
+
+def _unknown(snapshot: Json) -> str:
+    """Return how many sessions no process knows, and which processes may know them that give no answer."""
+    count = snapshot.get("unknown") or 0
+    if not count:
+        return ""
+    silent = [
+        f"{'process ' + str(each['process']) if each['process'] else 'one at ' + each['host']} ({each['trouble']})"
+        for each in snapshot["processes"]
+        if each["trouble"]
+    ]
+    if len(silent) > SILENT:
+        silent[SILENT:] = [f"one of {len(silent) - SILENT} more that are silent"]
+    may = f"; {'it' if count == 1 else 'they'} may belong to {' or '.join(silent)}" if silent else ""
+    return f" The server has {count} session{'s' * (count > 1)} that no process knows{may}."
+
+
+def _unknown_sessions(sessions: Sequence[Json]) -> str:
+    if not sessions:
+        return ""
+    return f"<h3>Sessions that no process knows</h3>\n{_table('', map(_unknown_session, sessions))}\n"
+
+
+def _unknown_session(session: Json) -> Row:
+    query = f'<code class="more">{_e(session["query"])}</code>' if session["query"] else ""
+    state = f"{session['state'] or 'state unknown'}, for {seconds(session['seconds'] or 0.0)}"
+    return (
+        ("Since", f"{seconds(session['age'])} ago"),
+        ("Backend", str(session["backend_pid"])),
+        ("Client", _e(session["client"] or "a unix socket of the server's machine")),
+        ("Application", _e(session["application_name"])),
+        ("Server", f"<span>{_e(state)}</span>{query}"),
+        ("As pool", _e(session["pool"] or "unnamed")),
     )
 
 

@@ -49,6 +49,7 @@ POOL = {
     "last_connect_error": str,
     "outage_seconds": MAYBE,
     "server_note": str,
+    "backends": (list, type(None)),
     "lag": (dict, type(None)),
     "holders": [{**WAITER, "status": str, "backend_pid": int, "server": type(None)}],
     "waiters": [WAITER],
@@ -77,7 +78,9 @@ def fits(value: Any, form: Any) -> bool:
 def is_document(value: Any) -> bool:
     """Whether `value` is what a process of this version tells of itself."""
     return fits(value, DOCUMENT) and all(
-        (pool["lag"] is None or fits(pool["lag"], LAG)) and all(fits(each, NUMBER) for each in pool["stats"].values())
+        (pool["lag"] is None or fits(pool["lag"], LAG))
+        and fits(pool["backends"] or [], [int])
+        and all(fits(each, NUMBER) for each in pool["stats"].values())
         for pool in value["pools"]
     )
 
@@ -151,6 +154,7 @@ def _merge_pools(pools: Sequence[Json]) -> Json:
     outages = [pool["outage_seconds"] for pool in pools if pool["outage_seconds"] is not None]
     lags = [pool["lag"] for pool in pools if pool["lag"] is not None]
     incidents = [incident for pool in pools for incident in pool["incidents"]]
+    backends = [pool["backends"] for pool in pools if pool["backends"] is not None]
     return {
         "name": pools[0]["name"],
         "kind": " / ".join(sorted({pool["kind"] for pool in pools})),
@@ -159,6 +163,7 @@ def _merge_pools(pools: Sequence[Json]) -> Json:
         "last_connect_error": next((each for pool in pools if (each := pool["last_connect_error"])), ""),
         "outage_seconds": max(outages, default=None),
         "server_note": "",
+        "backends": [pid for each in backends for pid in each] if len(backends) == len(pools) else None,
         "lag": max(lags, key=lambda lag: (bool(lag["trouble"]), lag["seconds"] or 0.0), default=None),
         "holders": _oldest_first(holder for pool in pools for holder in pool["holders"]),
         "waiters": _oldest_first(waiter for pool in pools for waiter in pool["waiters"]),

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from datetime import timezone
 from time import monotonic
 from typing import Any
+from typing import NamedTuple
 from typing import TypeAlias
 
 from zope.component import getGlobalSiteManager
@@ -40,20 +42,42 @@ Json: TypeAlias = dict[str, Any]
 #: How long the servers of all pools together may be asked, in seconds; a statement there takes half of that at most.
 LOOK = 2.0
 
+#: How long, where nobody holds a connection, in seconds: the page is to be there within half a second even where a
+#: process and the server are silent both.
+BRIEF = 0.2
+
+#: A session as young as that, in seconds, may belong to a process that told of its connections before it was opened:
+#: longer than a peer's answer takes (`remote.DEADLINE`), is shown again (`remote.FRESH`), and the server is asked.
+YOUNG = 5.0
+
 #: How many characters of a text of somebody else's are shown.
 LONGEST = 300
 
 #: SET LOCAL holds to the end of the string, which the server takes for one transaction.
 ACTIVITY = """
 SET LOCAL statement_timeout = '1s';
-SELECT pid, pid = pg_backend_pid(), application_name, state, wait_event_type, wait_event,
-       extract(epoch FROM clock_timestamp() - query_start)::float8,
-       CASE wait_event_type WHEN 'Lock' THEN pg_blocking_pids(pid) END,
-       CASE WHEN %s THEN query END
-FROM pg_stat_activity WHERE pid = ANY(%s) OR pid = pg_backend_pid()
+SELECT pid, pid = pg_backend_pid(), pg_postmaster_start_time()::text, application_name, state, wait_event_type,
+       wait_event, extract(epoch FROM clock_timestamp() - query_start)::float8,
+       CASE WHEN wait_event_type = 'Lock' AND pid = ANY(%(held)s) THEN pg_blocking_pids(pid) END,
+       CASE WHEN %(show_sql)s THEN query END,
+       host(client_addr), extract(epoch FROM clock_timestamp() - state_change)::float8,
+       extract(epoch FROM clock_timestamp() - backend_start)::float8
+FROM pg_stat_activity WHERE pid = ANY(%(held)s) OR pid = pg_backend_pid() OR (
+    %(is_site)s AND pid <> ALL(%(known)s) AND backend_type = 'client backend' AND datname = current_database()
+    AND clock_timestamp() - backend_start > %(young)s * interval '1 second'
+    AND (usename = session_user OR application_name IN (
+        SELECT application_name FROM pg_stat_activity WHERE pid = ANY(%(known)s) AND application_name <> '')))
 """
 
 SERVER_COLUMNS = ("application_name", "state", "wait_event_type", "wait_event", "seconds", "blocked_by", "query")
+
+
+class Look(NamedTuple):
+    """What a server says: when it was started, of the holders' sessions, and of those that the pool does not know."""
+
+    server: str
+    sessions: dict[int, Json]
+    others: list[Json]
 
 
 def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
@@ -106,6 +130,7 @@ def describe(name: str, pool: Any, now: float) -> Json:
         "last_connect_error": readable(pool.scrub(one_line(error))) if error else "",
         "outage_seconds": pool.outage_seconds if not pool.closed and IPoolManagement.providedBy(pool) else None,
         "server_note": "",
+        "backends": list(pool.backend_pids()) if IPoolInternals.providedBy(pool) else None,
         "lag": lag and {**(shown := lag.show(now)), "trouble": readable(str(shown["trouble"]))},
         "holders": sorted(holders, key=lambda each: -each["seconds"]),
         "waiters": waiters,
@@ -145,34 +170,75 @@ def _has_server(pool: Any) -> bool:
     return not pool.closed and IPoolInternals.providedBy(pool)
 
 
-def join_server(seen: Iterable[Json], pools: Iterable[Any], show_sql: bool = False) -> None:
+def join_server(
+    seen: Sequence[Json], pools: Iterable[Any], show_sql: bool = False, is_site: bool = False
+) -> list[Json] | None:
     """Add to each holder what the server says of its backend, or to the pool's `server_note` why that is missing.
 
     pools -- for each of `seen` the pool whose server is asked; None where there is no such pool here.
+    is_site -- whether `seen` is of all processes: then return the sessions that none of them knows, as `find_unknown`.
     """
-    until = monotonic() + LOOK
+    start = monotonic()
+    looks: list[Look | None] = []
     for each, pool in zip(seen, pools, strict=True):
+        looks.append(None)
         pids = [holder["backend_pid"] for holder in each["holders"] if holder["backend_pid"]]
-        if not pids or (pool is not None and not _has_server(pool)):
+        may_ask = pool is None or _has_server(pool)
+        if not may_ask or not (pids or (is_site and not each["last_connect_error"])):
             continue
         try:
             if pool is None:
                 raise NoAnswer("the process that was asked has no such pool")
-            found = ask_server(pool, pids, until, show_sql)
+            known = each["backends"] if is_site else None
+            looks[-1] = look = ask_server(pool, pids, start + (LOOK if pids else BRIEF), show_sql, known)
         except NoAnswer as error:
-            each["server_note"] = readable(str(error))
+            each["server_note"] = readable(str(error)) if pids else ""
         else:
             for holder in each["holders"]:
-                holder["server"] = found.get(holder["backend_pid"])
+                holder["server"] = look.sessions.get(holder["backend_pid"])
+    return find_unknown(seen, looks) if is_site else None
 
 
-def ask_server(pool: Any, pids: Collection[int], until: float, show_sql: bool = False) -> dict[int, Json]:
+def ask_server(
+    pool: Any, held: Collection[int], until: float, show_sql: bool = False, known: Collection[int] | None = None
+) -> Look:
     """Return what pg_stat_activity has of these backends, over a connection of its own that is closed again.
+
+    known -- the backends that the site's processes have in this pool: also what it has of others in this database whose
+        role is the pool's, or whose application name is one of these.
 
     Raises NoAnswer, at `until` (monotonic seconds) at the latest.
     """
-    rows, own_pid = query(pool, "zpgpool status", ACTIVITY, (show_sql, list(pids)), until)
+    args = {"held": list(held), "show_sql": show_sql, "is_site": known is not None, "known": list(known or ())}
+    args["young"] = YOUNG
+    rows, own_pid = query(pool, "zpgpool status", ACTIVITY, args, until)
     if own_pid not in [pid for pid, is_own, *_ in rows if is_own]:
         raise NoAnswer("a pooler is in between: the server knows these backends by other numbers")
-    shown = {pid: [readable(value) if isinstance(value, str) else value for value in rest] for pid, _, *rest in rows}
-    return {pid: dict(zip(SERVER_COLUMNS, values, strict=True)) for pid, values in shown.items()}
+    look, ours = Look(rows[0][2], {}, []), {*held, own_pid}
+    for pid, _, _, *values in rows:
+        *server, client, idle, age = (readable(each) if isinstance(each, str) else each for each in values)
+        look.sessions[pid] = dict(zip(SERVER_COLUMNS, server, strict=True))
+        if pid not in ours:
+            session = {key: value for key, value in look.sessions[pid].items() if key != "blocked_by"}
+            look.others.append({**session, "backend_pid": pid, "client": client or "", "seconds": idle, "age": age})
+    return look
+
+
+def find_unknown(seen: Sequence[Json], looks: Sequence[Look | None]) -> list[Json] | None:
+    """Return the sessions that no process of the site knows, the oldest first; None where nobody can tell.
+
+    looks -- for each of `seen` what its server says, or None.
+    """
+    if not any(looks) or any(each["backends"] is None for each in seen):
+        return None
+    found: dict[tuple[str, int], Json] = {}
+    for each, look in zip(seen, looks, strict=True):
+        if look is None:
+            continue
+        # Other pools may have sessions of the same role there, those included whose server is not known.
+        of_server = [pool for pool, its in zip(seen, looks, strict=True) if its is None or its.server == look.server]
+        known = {pid for pool in of_server for pid in pool["backends"]}
+        for session in look.others:
+            if session["backend_pid"] not in known:
+                found.setdefault((look.server, session["backend_pid"]), {**session, "pool": each["name"]})
+    return sorted(found.values(), key=lambda session: -session["age"])
