@@ -22,6 +22,10 @@ STEP = WIDTH * EVERY / SPAN
 #: How many processes that give no answer are named.
 SILENT = 3
 
+#: Of more processes than this the page folds all but the odd ones away, and of each table all but the first rows.
+MANY = 8
+OLDEST = 20
+
 Row = Sequence[tuple[str, str]]
 
 
@@ -47,13 +51,17 @@ def draw_site(snapshot: Json) -> str:
         if words
     )
     chosen = f'<p class="note">Only {_e(note)}. <a href="?">Show all</a></p>\n' if note else ""
-    pools = "\n".join(_pool(pool, number, has_process=True) for number, pool in enumerate(snapshot["pools"]))
+    most = OLDEST if len(processes) > MANY else None
+    pools = "\n".join(_pool(pool, number, True, most) for number, pool in enumerate(snapshot["pools"]))
     when = snapshot["at"].replace("T", " ").replace("+00:00", " UTC")
+    odd_first = sorted(processes, key=lambda each: not each["is_odd"])
+    shown = None if most is None else min(MANY, sum(each["is_odd"] for each in processes))
+    rows = map(_process, processes if most is None else odd_first)
     return f"""<section aria-labelledby="site">
-<h2 id="site">The site <small>{len(processes)} processes</small></h2>
+<h2 id="site">The site <small>{len(processes)} process{"es" * (len(processes) != 1)}</small></h2>
 <p class="verdict {"bad" if snapshot["waiting"] else "good"}">{_e(sums(snapshot))}</p>
-{chosen}{_table("No process answers.", map(_process, processes))}
-{_unknown_sessions(snapshot["unknown_sessions"])}</section>
+{chosen}{_folded("processes", "No process answers.", rows, shown)}
+{_unknown_sessions(snapshot["unknown_sessions"], most)}</section>
 {pools or "<p>No pool is registered.</p>"}
 <footer>Process {snapshot["process"]} has asked at {_e(when)}.</footer>"""
 
@@ -84,22 +92,22 @@ def _unknown(snapshot: Json) -> str:
     return f" The server has {count} session{'s' * (count > 1)} that no process knows{may}."
 
 
-def _unknown_sessions(sessions: Sequence[Json]) -> str:
+def _unknown_sessions(sessions: Sequence[Json], most: int | None) -> str:
     if not sessions:
         return ""
-    return f"<h3>Sessions that no process knows</h3>\n{_table('', map(_unknown_session, sessions))}\n"
+    return f"<h3>Sessions that no process knows</h3>\n{_folded('unknown', '', map(_unknown_session, sessions), most)}\n"
 
 
 def _unknown_session(session: Json) -> Row:
     query = f'<code class="more">{_e(session["query"])}</code>' if session["query"] else ""
     state = f"{session['state'] or 'state unknown'}, for {seconds(session['seconds'] or 0.0)}"
     return (
-        ("Since", f"{seconds(session['age'])} ago"),
+        ("Opened", f"{seconds(session['age'])} ago"),
         ("Backend", str(session["backend_pid"])),
-        ("Client", _e(session["client"] or "a unix socket of the server's machine")),
+        ("Client", _e(session["client"] or "a unix socket")),
         ("Application", _e(session["application_name"])),
         ("Server", f"<span>{_e(state)}</span>{query}"),
-        ("As pool", _e(session["pool"] or "unnamed")),
+        ("Pool", _e(session["pool"] or "unnamed")),
     )
 
 
@@ -154,19 +162,21 @@ def seconds(number: float) -> str:
     return f"{number:.1f} s" if number >= 0.1 or number == 0 else f"{number * 1000:.0f} ms"
 
 
-def _pool(pool: Json, number: int, has_process: bool = False) -> str:
+def _pool(pool: Json, number: int, has_process: bool = False, most: int | None = None) -> str:
     mood, words = verdict(pool)
     name = _e(pool["name"]) if pool["name"] else "Unnamed pool"
     note = f'<p class="note">Without what the server says: {_e(pool["server_note"])}</p>' if pool["server_note"] else ""
+    holders = (_holder(each, has_process) for each in pool["holders"])
+    waiters = (_waiter(each, has_process) for each in pool["waiters"])
     counters = "".join(f"<div><dt>{_e(key)}</dt><dd>{value}</dd></div>" for key, value in pool["stats"].items())
     return f"""<section aria-labelledby="pool-{number}">
 <h2 id="pool-{number}">{name} <small>{_e(pool["kind"])}</small></h2>
 <p class="verdict {mood}">{_e(words)}</p>
 <div class="charts">{_charts(pool)}</div>
 {_lag(pool["lag"])}<h3>Who holds a connection</h3>
-{note}{_table("Nobody.", (_holder(each, has_process) for each in pool["holders"]))}
+{note}{_folded(f"holders-{number}", "Nobody.", holders, most)}
 <h3>Who waits for one</h3>
-{_table("Nobody.", (_waiter(each, has_process) for each in pool["waiters"]))}
+{_folded(f"waiters-{number}", "Nobody.", waiters, most)}
 <h3>What happened</h3>
 {_table("Nothing worth telling.", map(_tale, pool["incidents"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
@@ -196,6 +206,16 @@ def _table(none: str, rows: Iterable[Row]) -> str:
         f'<table role="table"><thead role="rowgroup"><tr role="row">{heads}</tr></thead>\n'
         f'<tbody role="rowgroup">{lines}</tbody></table>'
     )
+
+
+def _folded(key: str, none: str, rows: Iterable[Row], most: int | None) -> str:
+    """Return a table of the first `most` rows (None: of all), with the others folded away."""
+    listed = list(rows)
+    if most is None or len(listed) <= most:
+        return _table(none, listed)
+    first = f"{_table(none, listed[:most])}\n" if most else ""
+    rest = f"{len(listed) - most} {'more' if most else key}"
+    return f'{first}<details id="{key}"><summary>{rest}</summary>{_table(none, listed[most:])}</details>'
 
 
 def _cell(label: str, content: str) -> str:
