@@ -21,6 +21,7 @@ from zope.interface.registry import Components
 
 import zpgpool
 from bouncer import PgBouncer
+from browser import Browser
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
@@ -34,6 +35,8 @@ from test_site import folder as folder
 from test_site import serving
 from test_site import share as share
 from test_status import ask
+from test_status import browser as browser
+from test_status import BUILD
 from test_status import Reader
 from test_third_party import PlainPool
 from zpgpool.__main__ import main
@@ -105,6 +108,20 @@ def test_a_connection_made_outside_any_pool(
     assert "secret of the stray" in ask(shown).text
     stray.close()
     eventually(lambda: pid not in unknown(app))
+
+
+@pytest.mark.usefixtures("at_once", "pool")
+def test_in_a_browser_however_it_is_named(dsn: str, app: StatusApp, browser: Browser) -> None:
+    name = "<script>alert(1)</script>" + "x" * 30
+    with closing(psycopg2.connect(make_dsn(dsn, application_name=name))), waitress(app) as port:
+        assert "<script>alert" not in ask(app).text
+        browser.forget()
+        for dark, width in ((False, 360), (True, 1200)):
+            browser.open(f"http://127.0.0.1:{port}/", width=width, dark=dark)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            assert name in browser.run("document.querySelector('main').textContent")
+            browser.shoot(BUILD / f"unknown{'-dark' if dark else '-phone'}.png")
+        assert browser.complaints == []
 
 
 @pytest.mark.usefixtures("at_once", "pool")
@@ -286,6 +303,7 @@ def test_the_server_is_asked_for_whoever_looks_at_the_page_of_a_site_only(
         ask(page, path, QUERY_STRING=search)
     assert asked == []
     assert json.loads(ask(app, "/json").body)["unknown"] is None
+    ask(app, "/json", QUERY_STRING="process=1")
     assert len(asked) == 1
     gone = make_pool(name="gone", dsn="host=127.0.0.1 port=1 connect_timeout=2", open=False)
     zpgpool.register_pool(gone, "gone")

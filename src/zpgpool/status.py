@@ -194,12 +194,12 @@ class StatusApp:
             theirs, lost = self._peers.snapshots(each["id"] for each in told)
             told, silent = [*told, *theirs], [*silent, *lost]
         site = merge(told, silent)
+        process = wanted.get("process", "")
         unknown: list[Json] | None = None
         if not is_peers:
             here = [dict(pools).get(pool["name"]) for pool in site["pools"]]
-            unknown = join_server(site["pools"], here, self._show_sql, is_site=self._is_site)
+            unknown = join_server(site["pools"], here, self._show_sql, is_site=self._is_site and not process)
         name_blockers(site["pools"])
-        process = wanted.get("process", "")
         if process:  # after that: it may wait for a backend of another process
             site = merge(
                 (each for each in told if str(each["process"]) == process),
