@@ -93,6 +93,7 @@ def test_a_connection_made_outside_any_pool(
     assert outside.conn.info.backend_pid in found  # the role is ours, though its application name is another one
     assert not set(found) & set(pool.backend_pids())
     assert len(pool.backend_pids()) == 2
+    assert "zpgpool status" not in {each["application_name"] for each in found.values()}
     assert found[pid]["state"] == "idle in transaction"
     assert found[pid]["application_name"] == outside.application_name
     assert (found[pid]["pool"], found[pid]["query"]) == ("main", None)
@@ -147,6 +148,19 @@ def test_whose_they_may_be(dsn: str, app: StatusApp, outside: Outside) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+def test_a_worker_of_a_parallel_query_is_no_session(app: StatusApp, pool: Any, outside: Outside) -> None:
+    [(version,)] = outside.query("SHOW server_version_num")
+    run(pool.held, f"SET {'debug_parallel_query' if int(version) >= 160000 else 'force_parallel_mode'} = on")
+    query = Call(run, pool.held, "SELECT pg_sleep(600)")
+    workers = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'parallel worker' AND application_name = %s"
+    [(worker,)] = eventually(lambda: outside.query(workers, outside.application_name))
+    assert worker not in unknown(app)
+    pool.cancel(pool.held)
+    with pytest.raises(psycopg2.Error):
+        query.result()
+
+
+@pytest.mark.usefixtures("at_once")
 def test_two_pools_count_by_their_database(dsn: str, app: StatusApp, make_pool: MakePool, stray: Any) -> None:
     name = f"zpgpool_second_{os.getpid()}"
     with own_database(dsn, name) as other, closing(psycopg2.connect(other)) as there:
@@ -196,6 +210,7 @@ def test_other_processes_that_are_asked_that_are_frozen_and_that_were_killed(
                 ),
                 20,
             )
+            assert min(each["age"] for each in site.whole()["unknown_sessions"]) > snapshot.YOUNG
             owners = {each["backend_pid"]: each["process"] for each in site.whole()["pools"][0]["holders"]}
             assert not set(owners) & pids
             assert main(["top", f"{site.url}/status", "--once"]) == 0
