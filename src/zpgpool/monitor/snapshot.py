@@ -204,8 +204,8 @@ def ask_server(
 ) -> Look:
     """Return what pg_stat_activity has of these backends, over a connection of its own that is closed again.
 
-    known -- the backends that the site's processes have in this pool: also what it has of others in this database whose
-        role is the pool's, or whose application name is one of these.
+    known -- the backends that the site's processes have in this pool; if given, return the others in its database, too,
+        that have the pool's role, or the application name of one of these.
 
     Raises NoAnswer, at `until` (monotonic seconds) at the latest.
     """
