@@ -754,7 +754,7 @@ def test_of_many_processes_the_odd_ones_and_the_oldest_are_to_be_seen_at_once() 
         ]
         site = merge(many, [(900 + number, "x", "no answer") for number in range(silent)])
         told = {"at": time_of_day(), "process": 1, "host": "x", "asked": {"process": "", "path": ""}}
-        told |= {"unknown": None, "unknown_sessions": [], **total(site), **site}
+        told |= {"unknown": 2, "unknown_sessions": [], **total(site), **site}
         text = draw_site(told)
         folded = "".join(re.findall(r"<details id=\"(?:processes|holders)\b.*?</details>", text, re.DOTALL))
         return re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL), folded
@@ -771,6 +771,8 @@ def test_of_many_processes_the_odd_ones_and_the_oldest_are_to_be_seen_at_once() 
     assert "30 in use" in at_once
     at_once, folded = drawn(9, silent=20)
     assert at_once.count("?process=") == 8
+    assert "that no process knows; they may belong to process 900 (no answer) or process 901 (no answer)" in at_once
+    assert "or one of 17 more that are silent." in at_once
 
 
 @pytest.mark.parametrize("words", ["there is no such folder", "nobody answers"])
