@@ -634,14 +634,13 @@ def test_it_ends_with_its_socket(share: Path) -> None:
 
 @pytest.mark.parametrize("times", [20])
 def test_an_incident_seen_from_beside(
-    folder: Path, dsn: str, outside: Outside, capsys: Any, monkeypatch: pytest.MonkeyPatch, times: int
+    folder: Path, dsn: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     """All threads wait, and the site cannot serve its own page: the folder tells who holds what, every time."""
     monkeypatch.setenv("COLUMNS", "250")
     beside = f"127.0.0.1:{free_port()}"
     with serving(folder, dsn, "--threads=6", workers=2, maxconn=4, LISTEN=beside) as site:
-        outside.query("SELECT pg_advisory_lock(815)")
-        calls = [Call(site.get, "/report?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)")]
+        calls = [Call(site.get, "/report?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)")]  # it holds the lock
         eventually(lambda: site.whole()["pools"][0]["holders"])
         [holder] = site.whole()["pools"][0]["holders"]
         calls += [Call(site.get, f"/late/{n}?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)") for n in range(30)]
@@ -663,15 +662,17 @@ def test_an_incident_seen_from_beside(
             [line] = [line for line in text.splitlines() if "GET /report" in line and str(holder["process"]) in line]
             assert "shop.py:" in line
             start = time.monotonic()
+            with urlopen(f"http://{beside}/", timeout=10) as answer:
+                page = Reader(answer.read().decode()).text
+            took.append(time.monotonic() - start)
+            assert f"GET /report in process {holder['process']}" in page  # for which the others wait
             with urlopen(f"http://{beside}/json", timeout=10) as answer:
                 held = json.loads(answer.read())["pools"][0]["holders"]
-            took.append(time.monotonic() - start)
             [found] = [each for each in held if each["request"] == "GET /report"]
             assert found["process"] == holder["process"]
             assert "shop.py:" in found["line"]
         assert is_within(max(took), 1)
         print(f"top and the page beside: {sorted(took)[len(took) // 2]:.3f} s, at most {max(took):.3f} s")
-        outside.query("SELECT pg_advisory_unlock(815)")
         site.stop()
         for call in calls:
             with suppress(Exception):
