@@ -66,7 +66,7 @@ def main(modules: list[str]) -> None:
 
 
 def keep(about: dict[str, str], asked: list[harness.Question]) -> None:
-    """Keep what was measured beside what was kept before, and write the documentation's part anew."""
+    """Keep what was measured beside what was kept before, and write the documentation's part again."""
     if QUICK:
         return
     from benchmarks import report

@@ -264,7 +264,7 @@ def instrumented(handoff: Handoff[Number], scheduler: Scheduler) -> None:
         ticket.wakeup = Bell()
         original(ticket, max_waiting, has_room)
 
-    handoff._join = join  # type: ignore[method-assign]  # the bell is a point where threads are switched, too
+    handoff._join = join  # type: ignore[method-assign]  # the wakeup is a point where threads are switched, too
 
 
 class Stranded(Exception):

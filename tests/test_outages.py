@@ -41,7 +41,7 @@ from test_zope import Instance
 from test_zope import SCRIPT
 from zpgpool.core.outage import diagnose
 from zpgpool.core.outage import Diagnosis
-from zpgpool.core.outage import is_passing
+from zpgpool.core.outage import is_temporary
 from zpgpool.core.probe import ask_why
 from zpgpool.core.probe import NoAnswer
 from zpgpool.demo.server import EmbeddedServer
@@ -931,7 +931,7 @@ class TestWhatBecameOfACommit:
     ],
 )
 def test_errors_that_pass(error: psycopg2.Error, expected: bool) -> None:
-    assert is_passing(error) is expected
+    assert is_temporary(error) is expected
 
 
 def test_a_cursor_that_was_closed_is_no_loss_and_a_connection_is(make_pool: Any) -> None:
@@ -941,12 +941,12 @@ def test_a_cursor_that_was_closed_is_no_loss_and_a_connection_is(make_pool: Any)
         with pytest.raises(psycopg2.InterfaceError) as caught:
             cursor.execute("SELECT 1")
         assert str(caught.value) == "cursor already closed"
-        assert not is_passing(caught.value)
+        assert not is_temporary(caught.value)
         lost = pool.getconn()
         lost.close()
         with pytest.raises(psycopg2.InterfaceError) as caught:
             lost.cursor()
-        assert is_passing(caught.value)
+        assert is_temporary(caught.value)
         pool.putconn(lost)
 
 

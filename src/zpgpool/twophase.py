@@ -136,12 +136,12 @@ class TwoPhaseDataManager(DataManager):
             try:
                 self.conn.tpc_commit(self._xid)
             except psycopg2.Error as error:
-                self._commit_aside(error)
+                self._commit_by_another(error)
                 self._release(close=True)
                 return
         self._release()
 
-    def _commit_aside(self, error: psycopg2.Error) -> None:
+    def _commit_by_another(self, error: psycopg2.Error) -> None:
         """Try once more, on a connection of its own: the one that prepared is lost, the transaction is not."""
         pool = cast("ObservedPool", self.pool)
         try:

@@ -90,7 +90,7 @@ class ConnectBackoff:
         return self.outage_since is not None and self._clock() < self.outage_since + self.outage_wait
 
     @property
-    def may_pass(self) -> bool:
+    def may_recover(self) -> bool:
         """Whether the next try may succeed in a moment, so that it is worth to wait for it."""
         return self.is_full or self.is_young
 
@@ -116,7 +116,7 @@ class ConnectBackoff:
         elif diagnosis is not Diagnosis.OUTAGE:
             self.outage_since = None
         self.is_full = diagnosis is Diagnosis.FULL
-        longest = LONGEST_SHORT_PAUSE if self.may_pass else LONGEST_PAUSE
+        longest = LONGEST_SHORT_PAUSE if self.may_recover else LONGEST_PAUSE
         self._pause = min(longest, self._pause * 2 or FIRST_PAUSE)
         pause = self._pause * random.uniform(1, 1 + JITTER)
         # A copy: the traceback of the error itself would keep the frame of the connect alive, and its slot with it.

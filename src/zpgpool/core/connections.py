@@ -133,7 +133,7 @@ class Connections(IdleConnections):
             return 0 if may_wait else self._coming(start)
 
         try:
-            entry = handoff.get(until, self.settings.max_waiting, coming, not self.backoff.may_pass)
+            entry = handoff.get(until, self.settings.max_waiting, coming, not self.backoff.may_recover)
             if entry is None and not may_wait and self.backoff.is_recent and self._has_none():
                 raise self.backoff.copy()  # as psycopg2, which waits for nothing else
             return entry
@@ -147,7 +147,7 @@ class Connections(IdleConnections):
         # In a frame that ends before the error is raised: threads that hold an error each would keep each other's
         # snapshots alive, and with them a slot that was lost, for ever (measured, with twelve threads).
         is_tried = any(slot.state == CONNECTING for slot in self.handoff.slots)
-        return (self.backoff.is_on or is_tried) and not self.backoff.may_pass and self._has_none()
+        return (self.backoff.is_on or is_tried) and not self.backoff.may_recover and self._has_none()
 
     def _has_none(self) -> bool:
         return not any(slot.is_open for slot in self.handoff.slots)

@@ -203,7 +203,7 @@ class Opener:
                 self._note_failure(plain, begun, is_connected=entry.is_attached)
                 self._notifier.failed(plain, seconds)
             # Waiting checkouts get the error, unless they wait for the server's return.
-            is_untold = not self.handoff.queue or self.backoff.may_pass
+            is_untold = not self.handoff.queue or self.backoff.may_recover
             # A server with too many clients takes one now and then: that is told once a minute.
             is_news = not self.backoff.is_full or begun >= self._quiet_until
             if is_first and is_untold and is_news and not self.handoff.is_closed:
@@ -244,7 +244,7 @@ class Opener:
         """Give the error to the waiter for whom the connect was made; to all, if nothing is left to wait for."""
         is_servers_fault = isinstance(plain, psycopg2.OperationalError)
         waiter = entry.waiter
-        if not (is_servers_fault and self.backoff.may_pass):
+        if not (is_servers_fault and self.backoff.may_recover):
             states = [slot.state for slot in self.handoff.slots if slot is not entry]
             if waiter is not None:
                 self.handoff.fail(lambda: plain, waiter)

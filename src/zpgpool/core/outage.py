@@ -30,7 +30,7 @@ TOO_MANY_CONNECTIONS = "53300"
 BACKLOG_IS_FULL = os.strerror(errno.EAGAIN)
 
 #: Class 08, "Connection Exception", which poolers answer with; the server is shutting down, has crashed, is starting.
-PASSING = ("08", "57P01", "57P02", "57P03")
+TEMPORARY = ("08", "57P01", "57P02", "57P03")
 
 #: Two blanks follow the severity, in whatever language, in what a server says, and in nothing that libpq says itself.
 SERVERS = re.compile(r"\S:  \S")
@@ -48,10 +48,10 @@ LIBPQS_REFUSAL = re.compile(
 )
 
 
-def is_passing(error: psycopg2.Error) -> bool:
+def is_temporary(error: psycopg2.Error) -> bool:
     """Whether an error says that a connection was lost, or could not be opened, for a reason that may pass."""
     if error.pgcode is not None:
-        return error.pgcode.startswith(PASSING)
+        return error.pgcode.startswith(TEMPORARY)
     if isinstance(error, psycopg2.InterfaceError):  # it was lost before; a cursor that was closed is a mistake
         return str(error) == "connection already closed"
     # A plain DatabaseError is what libpq has no message for.
@@ -66,7 +66,7 @@ def is_servers(text: str) -> bool:
 
 def diagnose_code(code: str | None) -> Diagnosis:
     """Return what an error says that came after the connect: when the session was set up. None: the answer is lost."""
-    return Diagnosis.OUTAGE if code is None or code.startswith(PASSING) else Diagnosis.REFUSAL
+    return Diagnosis.OUTAGE if code is None or code.startswith(TEMPORARY) else Diagnosis.REFUSAL
 
 
 def diagnose(text: str) -> Diagnosis:
@@ -74,6 +74,6 @@ def diagnose(text: str) -> Diagnosis:
     codes = SQLSTATE.findall(text)
     if TOO_MANY_CONNECTIONS in codes or BACKLOG_IS_FULL in text:
         return Diagnosis.FULL
-    if any(code.startswith(PASSING) for code in codes):
+    if any(code.startswith(TEMPORARY) for code in codes):
         return Diagnosis.REFUSAL if POOLERS_REFUSAL.search(text) else Diagnosis.OUTAGE
     return Diagnosis.REFUSAL if codes or LIBPQS_REFUSAL.search(text) else Diagnosis.OUTAGE

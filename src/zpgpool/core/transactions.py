@@ -29,7 +29,7 @@ from ..errors import database_error
 from ..errors import one_line
 from ..errors import PoolError
 from .entry import BROKEN
-from .outage import is_passing
+from .outage import is_temporary
 from .probe import NoAnswer
 from .probe import query
 
@@ -181,7 +181,7 @@ def may_succeed(error: BaseException) -> bool:
     cause = database_error(error)
     if cause is None or isinstance(cause, CommitInDoubt):
         return False
-    return (cause.pgcode or "").startswith(RETRYABLE) or is_passing(cause)
+    return (cause.pgcode or "").startswith(RETRYABLE) or is_temporary(cause)
 
 
 def _pause(attempt: int) -> None:
