@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -155,6 +156,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     [wheel] = made_once(tmp_path_factory, "wheel", make).glob("zpgpool-*.whl")
     return wheel
+
+
+def open_to_all(folder: Path) -> None:
+    """Let servers that run as another user read in a folder of a test."""
+    for each in (folder, *folder.parents):
+        if each == Path(tempfile.gettempdir()) or each.stat().st_uid != os.geteuid():
+            break
+        each.chmod(0o755)
 
 
 def missing(what: str, install: str) -> NoReturn:

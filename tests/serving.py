@@ -1,7 +1,9 @@
-"""A real waitress, for as long as a test wants it."""
+"""Real servers, for as long as a test wants them."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,3 +34,16 @@ def waitress(app: Any, **options: Any) -> Iterator[int]:
         is_over.set()
         loop.result()
         wasyncore.close_all(server._map)
+
+
+def end(process: subprocess.Popen[Any], how: signal.Signals = signal.SIGTERM, seconds: float = 20) -> None:
+    """Ask a server to end, and wait; kill one that has missed the signal.
+
+    A worker of gunicorn that is just being forked does, and its master then waits for it (benoitc/gunicorn#1910).
+    """
+    process.send_signal(how)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -22,6 +22,7 @@ from psycopg2.extensions import make_dsn
 
 import zpgpool
 from bouncer import PgBouncer
+from conftest import open_to_all
 from conftest import Outside
 from proxy import Proxy
 from test_pgbouncer import MODES
@@ -157,8 +158,7 @@ def test_a_pooler_is_known_by_the_numbers_that_it_invents(
     own_server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory, mode: str
 ) -> None:
     folder = tmp_path_factory.mktemp("bouncer")
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(folder)
     bouncer = PgBouncer(folder, own_server, mode)
     try:
         level, text = found(bouncer.dsn)["pooler"]

@@ -26,7 +26,9 @@ from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
 from conftest import missing
+from conftest import open_to_all
 from conftest import Outside
+from serving import end
 from zpgpool.demo.server import EmbeddedServer
 
 
@@ -76,11 +78,7 @@ class Site:
             assert process.poll() is None, log.read_text()
             yield process
         finally:
-            process.send_signal(how)
-            try:
-                process.wait(20)
-            finally:
-                process.kill()
+            end(process, how)
 
 
 def fetch(port: int, path: str = "/") -> tuple[int, str]:
@@ -268,8 +266,7 @@ def test_a_rolling_restart_fails_no_request(fleet: tuple[Site, HAProxy, list[int
 
 
 def test_through_pgbouncer(own_server: EmbeddedServer, tmp_path: Path) -> None:
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(tmp_path)
     bouncer = PgBouncer(tmp_path, own_server, "transaction")
     folder = tmp_path / "site"
     folder.mkdir()

@@ -33,6 +33,7 @@ from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
+from conftest import open_to_all
 from conftest import run
 from outages import Load
 from proxy import Proxy
@@ -250,8 +251,7 @@ def test_behind_pgbouncer(server: EmbeddedServer, tmp_path: Path, fault: str, ma
     """It lets clients connect while it has no server: what a new connection says after a loss is not believed."""
     folder = tmp_path / "bouncer"
     folder.mkdir()
-    for each in (folder, *folder.parents[:3]):
-        each.chmod(0o755)
+    open_to_all(folder)
     bouncer = PgBouncer(folder, server, "transaction")
 
     def restart_it(server: EmbeddedServer) -> None:

@@ -20,6 +20,7 @@ from bouncer import PgBouncer
 from conftest import Call
 from conftest import eventually
 from conftest import is_within
+from conftest import open_to_all
 from conftest import run
 from zpgpool.demo.server import EmbeddedServer
 
@@ -32,8 +33,7 @@ MODES = ["session", "transaction"]
 @pytest.fixture(scope="module", params=MODES)
 def bouncer(request: pytest.FixtureRequest, own_server: EmbeddedServer, tmp_path_factory: Any) -> Iterator[PgBouncer]:
     folder = tmp_path_factory.mktemp("bouncer")
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(folder)
     bouncer = PgBouncer(folder, own_server, request.param)
     bouncer.mode = request.param  # type: ignore[attr-defined]
     yield bouncer
@@ -209,8 +209,7 @@ print(len(done), *errors, sep="|")
 )
 def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_path: Path, meanwhile: str) -> None:
     """20,000 requests: no error, nothing seen of another client; through a restart only those in flight fail."""
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(tmp_path)
     requests = 20_000 if meanwhile == "nothing" else 8_000
     bouncer = PgBouncer(tmp_path, own_server, "transaction")
     try:

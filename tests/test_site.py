@@ -37,6 +37,7 @@ from conftest import Outside
 from conftest import ROOT
 from conftest import run
 from conftest import SERVER_OPTIONS
+from serving import end
 from serving import waitress
 from test_status import ask
 from test_status import browser as browser
@@ -151,11 +152,7 @@ class Site:
         return {name: float(value) for name, value in lines}
 
     def stop(self) -> None:
-        self.server.terminate()
-        try:
-            self.server.wait(20)
-        finally:
-            self.server.kill()
+        end(self.server)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from conftest import eventually
 from conftest import is_within
 from conftest import Outside
 from conftest import run
+from serving import end
 from zpgpool.core.handoff import CONNECTING
 
 
@@ -355,8 +356,7 @@ def test_gunicorn_with_preload(dsn: str, outside: Outside, tmp_path: Path) -> No
         eventually(lambda: fetch() and fetch()[0] not in backends, 20)
         assert masters in outside.backends()
     finally:
-        server.terminate()
-        server.wait(10)
+        end(server)
 
 
 class TestLeaks:

@@ -20,6 +20,7 @@ from zope.interface.registry import Components
 
 from .core import lag_of
 from .core import NOT_YET
+from .core import refuse_greenlets
 from .core import SimpleConnectionPool
 from .core import watch
 from .errors import database_error
@@ -182,6 +183,7 @@ class PoolMiddleware:
         if lease is not None and lease.is_running:
             return lease
         if lease is not None and not lease.is_over:
+            refuse_greenlets()
             is_bound = isinstance(lease, ThreadLease | ReplicaLease)
             if lease.is_busy:
                 if is_bound:

@@ -10,6 +10,7 @@ from .lag import lag_of
 from .lag import NOT_YET
 from .lag import watch
 from .owners import current_work
+from .owners import refuse_greenlets
 from .owners import task
 from .owners import tasks
 from .owners import Work
@@ -42,6 +43,7 @@ __all__ = [
     "lag_of",
     "may_succeed",
     "query",
+    "refuse_greenlets",
     "task",
     "tasks",
     "timer",

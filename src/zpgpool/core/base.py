@@ -50,6 +50,7 @@ from .owners import Checkout
 from .owners import Holder
 from .owners import LifeToken
 from .owners import OwnerLocal
+from .owners import refuse_greenlets
 from .owners import ThreadOwner
 from .probe import ask_why
 from .session import is_watched
@@ -97,6 +98,7 @@ class AbstractConnectionPool(ManagedPool):
         timer: MaintenanceTimer | None = process_timer,
         **kwargs: Any,
     ) -> None:
+        refuse_greenlets()
         options, keywords = sort_keywords(args, kwargs)
         self.settings = PoolSettings(minconn=minconn, maxconn=maxconn, idle_timeout=idle_timeout, **options)
         self._name = self.settings.name or f"pool-{next(_numbers)}"
@@ -295,6 +297,7 @@ class AbstractConnectionPool(ManagedPool):
 
         The `timeout` counts from `start` (monotonic seconds), by default from now; by default it is the setting.
         """
+        refuse_greenlets()
         start = monotonic() if start is None else start
         timeout = self.settings.timeout if timeout is None else convert("timeout", timeout)
         if self._pid != getpid():  # forked by C code, which does not call Python's hooks

@@ -25,6 +25,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
 from zope.interface import implementer
 
 from ..errors import PoolClosed
+from ..errors import PoolError
 from ..interfaces import ICheckout
 from ..interfaces import IHolder
 from ..interfaces import IWaiter
@@ -88,6 +89,19 @@ def forget_tasks(numbers: Iterable[int]) -> None:
 
 
 # Owners ---------------------------------------------------------------------------------------------------------------
+
+
+def refuse_greenlets() -> None:
+    """Raise PoolError where threads are greenlets: gevent and eventlet put their own in the place of Python's.
+
+    One thread of the system has many of them: its connection, and a wait in libpq, would be shared by all.
+    """
+    module = threading.get_ident.__module__
+    if module != "_thread":
+        raise PoolError(
+            f"{module.partition('.')[0]} has put greenlets in the place of threads, and zpgpool needs threads: run the "
+            "server with these, as gunicorn's worker class gthread does"
+        )
 
 
 class ThreadOwner:

@@ -1,0 +1,298 @@
+"""Real WSGI servers, with threads in several processes: each request has its own result, and a 503 is whole.
+
+The pool is used when the application is imported: by the servers that fork after that, in the process that forks.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg2
+import pytest
+from benchmarks.harness import free_port
+from psycopg2.extensions import make_dsn
+
+from conftest import eventually
+from conftest import missing
+from conftest import open_to_all
+from conftest import ROOT
+from conftest import run
+from serving import end
+from zpgpool.demo.server import EmbeddedServer
+
+
+APP = """
+import os
+import zpgpool
+from zpgpool.wsgi import PoolMiddleware, get_connection
+
+Pool = {"persistent": zpgpool.PersistentConnectionPool, "threaded": zpgpool.ThreadedConnectionPool}[os.environ["KIND"]]
+pool = Pool(1, 4, os.environ["DSN"], idle_timeout=600, timeout=20)
+with pool.connection() as conn, conn.cursor() as cursor:
+    cursor.execute("SELECT 1")
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"]
+    if path == "/late":  # the response is begun before there is a connection
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5"), ("Set-Cookie", "a=b")])
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(0.002), %s", [path])
+        [(_, echo)] = cursor.fetchall()
+    if path == "/late":
+        return [b"right"]
+    if path == "/rows":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return rows(environ)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(echo)))])
+    return [echo.encode()]
+
+def rows(environ):
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute("SELECT generate_series(1, 2000)")
+        for [number] in cursor:
+            yield f"{number}\\n".encode()
+
+application = PoolMiddleware(app, pool)
+"""
+
+#: The command lines; a `%d` is the port.
+SERVERS = {
+    "gunicorn": "-m gunicorn --no-control-socket --workers=2 --threads=4 --bind=127.0.0.1:%d shop:application",
+    "gunicorn-preload": "-m gunicorn --no-control-socket --preload --workers=2 --threads=4 --bind=127.0.0.1:%d "
+    "shop:application",
+    "waitress": "-m waitress --listen=127.0.0.1:%d --threads=4 shop:application",
+    "cheroot": "-m cheroot --bind=127.0.0.1:%d --threads=4 shop:application",
+    "uwsgi": "uwsgi --http=127.0.0.1:%d --master --processes=2 --threads=4 --enable-threads --die-on-term --need-app "
+    "--http-timeout=30 --module=shop",
+    "mod_wsgi": "",
+}
+
+APACHE = """
+ServerRoot {folder}
+ServerName localhost
+Listen 127.0.0.1:{port}
+PidFile {folder}/pid
+ErrorLog {folder}/log
+{user}
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule wsgi_module {modules}/mod_wsgi.so
+WSGISocketPrefix {folder}/wsgi
+"""
+
+#: What docs/howto/modwsgi.rst says of a site.
+[SITE] = re.findall(r"code-block:: apache\n\n((?:    .*\n)+)", (ROOT / "docs/howto/modwsgi.rst").read_text())
+
+
+@pytest.fixture(scope="module", params=["persistent", "threaded"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def port(
+    request: pytest.FixtureRequest, kind: str, own_server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
+    """The port of a server that serves `APP`; when it has ended, no session of it is left."""
+    name, port = str(request.param), free_port()
+    folder = tmp_path_factory.mktemp(name)
+    open_to_all(folder)
+    for each in ("shop.py", "shop.wsgi"):
+        (folder / each).write_text(APP)
+    dsn = make_dsn(own_server.dsn, host="127.0.0.1", application_name=f"{name}-{kind}")
+    if name == "mod_wsgi":
+        home: Path = request.getfixturevalue("system_python")
+        command = apache(folder, port, home)
+    else:
+        program, *options = (SERVERS[name] % port).split()
+        command = [sys.executable, program] if program == "-m" else [str(Path(sys.executable).parent / program)]
+        command += options
+    with (folder / "output").open("w") as output:
+        environ = {**os.environ, "DSN": dsn, "KIND": kind, "PYTHONPATH": str(folder)}
+        server = subprocess.Popen(command, cwd=folder, env=environ, stdout=output, stderr=output)
+
+    def is_up() -> bool:
+        assert server.poll() is None, (folder / "output").read_text()
+        try:
+            # Not for long: uWSGI takes a request before it has a process for it, and may lose that.
+            status, _, body = ask(port, "/up", 2)
+        except OSError:
+            return False
+        assert status == 200, body
+        return True
+
+    try:
+        eventually(is_up, 30)
+        yield port
+    finally:
+        end(server)
+    eventually(lambda: sessions(own_server, f"{name}-{kind}") == 0)
+
+
+def apache(folder: Path, port: int, home: Path) -> list[str]:
+    modules = Path("/usr/lib/apache2/modules")
+    program = shutil.which("apache2", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None or not (modules / "mod_wsgi.so").exists():
+        missing("mod_wsgi", "apt-get install apache2 libapache2-mod-wsgi-py3")
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    user = "User www-data\nGroup www-data" if owner == "root" else ""
+    config = APACHE.format(folder=folder, port=port, modules=modules, user=user)
+    config += SITE.replace("/srv/shop/venv", str(home)).replace("/srv/shop", str(folder))
+    (folder / "apache.conf").write_text(config)
+    return [program, "-f", str(folder / "apache.conf"), "-D", "FOREGROUND"]
+
+
+@pytest.fixture(scope="session")
+def system_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """An environment with the wheel, of the Python that Debian's mod_wsgi has."""
+    home = tmp_path_factory.mktemp("python") / "home"
+    open_to_all(home.parent)
+    if subprocess.run(["/usr/bin/python3", "-c", "import venv, ensurepip"], capture_output=True).returncode:
+        missing("Debian's Python with venv", "apt-get install python3-venv")
+    subprocess.run(["/usr/bin/python3", "-m", "venv", home], check=True)
+    pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    return home
+
+
+def ask(port: int, path: str, timeout: float = 30) -> tuple[int, list[tuple[str, str]], str]:
+    conn = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        conn.request("GET", path)
+        answer = conn.getresponse()
+        return answer.status, answer.getheaders(), answer.read().decode()
+    finally:
+        conn.close()
+
+
+def sessions(server: EmbeddedServer, application_name: str) -> int:
+    conn = psycopg2.connect(server.dsn)
+    try:
+        return int(run(conn, "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", application_name))
+    finally:
+        conn.close()
+
+
+pytestmark = pytest.mark.slow  # a dozen servers, and one has Apache's environment installed
+
+
+def test_each_request_has_its_own_result(port: int) -> None:
+    def work(client: int) -> list[tuple[int, str, str]]:
+        paths = [f"/{client}/{number}" for number in range(50)]
+        return [(answer[0], path, answer[2]) for path in paths if (answer := ask(port, path))]
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = [answer for each in clients.map(work, range(8)) for answer in each]
+    assert len(answers) == 400
+    assert [answer for answer in answers if answer[0] != 200 or answer[1] != answer[2]] == []
+
+
+def test_a_stream_has_all_its_rows(port: int) -> None:
+    status, _, body = ask(port, "/rows")
+    assert status == 200
+    assert body.split() == [str(number) for number in range(1, 2001)]
+
+
+def test_a_503_takes_the_place_of_what_was_begun(port: int, own_server: EmbeddedServer) -> None:
+    own_server.halt()
+    try:
+        status, headers, body = ask(port, "/late")
+    finally:
+        own_server.launch()
+    assert status == 503
+    named = [name.lower() for name, _ in headers]
+    assert "set-cookie" not in named
+    assert named.count("content-length") == 1
+    assert dict(headers)["Retry-After"] == "5"
+    assert body.startswith("The database is not available just now.")
+    assert eventually(lambda: (answer := ask(port, "/late"))[0] == 200 and answer)[2] == "right"
+
+
+# Greenlets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patcher", ["gevent", "eventlet"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_greenlets_in_the_place_of_threads_are_refused(dsn: str, patcher: str, when: str) -> None:
+    patch = {
+        "gevent": "from gevent.monkey import patch_all as patch",
+        "eventlet": "from eventlet import monkey_patch as patch",
+    }
+    text = f"""
+        import sys
+        {patch[patcher]}
+        if sys.argv[2] == "before":
+            patch()
+        import zpgpool
+        pool = zpgpool.PersistentConnectionPool(0, 2, sys.argv[1])
+        patch()
+        pool.getconn()
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(text), dsn, when]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"zpgpool.PoolError: {patcher} has put greenlets in the place of threads"), result.stderr
+
+
+PYWSGI = """
+import os, sys, gevent
+from gevent.pywsgi import WSGIServer
+import zpgpool
+from zpgpool.wsgi import PoolMiddleware, get_connection
+
+Pool = {"persistent": zpgpool.PersistentConnectionPool, "threaded": zpgpool.ThreadedConnectionPool}[os.environ["KIND"]]
+pool = Pool(0, 8, os.environ["DSN"], idle_timeout=60)
+
+def app(environ, start_response):
+    with get_connection(environ).cursor() as cursor:
+        cursor.execute("SELECT pg_current_xact_id()::text")
+        [[number]] = cursor.fetchall()
+        gevent.sleep(0.05)  # others run in this thread meanwhile
+        cursor.execute("SELECT pg_current_xact_id()::text")
+        [[again]] = cursor.fetchall()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"{number} {again}".encode()]
+
+WSGIServer(("127.0.0.1", int(sys.argv[1])), PoolMiddleware(app, pool), log=None).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("kind", ["persistent", "threaded"])
+def test_greenlets_of_one_thread_never_share_a_transaction(dsn: str, tmp_path: Path, kind: str) -> None:
+    port = free_port()
+    (tmp_path / "site.py").write_text(PYWSGI)
+    environ = {**os.environ, "DSN": dsn, "KIND": kind}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([sys.executable, tmp_path / "site.py", str(port)], env=environ, stderr=log)
+
+    def is_up() -> bool:
+        try:
+            return ask(port, "/")[0] == 200
+        except OSError:
+            return False
+
+    try:
+        eventually(is_up, 30)
+        with ThreadPoolExecutor(6) as clients:
+            answers = list(clients.map(lambda number: ask(port, f"/{number}"), range(60)))
+    finally:
+        end(server)
+    good = [body.split() for status, _, body in answers if status == 200]
+    assert good
+    assert [each for each in good if each[0] != each[1]] == []
+    assert len({number for number, _ in good}) == len(good)
+    if kind == "threaded":
+        assert len(good) == len(answers)
+    else:
+        assert "use a 'threaded' pool with this server" in (tmp_path / "log").read_text()
