@@ -277,6 +277,9 @@ class TestPages:
             ("/stream", "POST", "GET, HEAD"),
             ("/fail", "POST", "GET, HEAD"),
             ("/load", "GET", "POST"),
+            ("/lock", "GET", "POST"),
+            ("/kill", "GET", "POST"),
+            ("/fill", "GET", "POST"),
             ("/restart", "GET", "POST"),
         ],
     )
@@ -301,7 +304,7 @@ class TestPages:
             ]
         )
         assert pool["max"] == pool["used"] == 8
-        assert {holder["request"] for holder in pool["holders"]} == {"the demo's load"}
+        assert {holder["request"] for holder in pool["holders"]} <= load.REQUESTS.keys()
         assert "8 of 8 connections in use" in demo.ask("/status").text
         assert demo.ask("/status", "POST").status == 405
 
@@ -313,6 +316,29 @@ class TestPages:
         assert told is not None, answer.text
         assert int(told[1]) > 0
 
+    def test_a_backend_is_killed_and_nothing_fails(self, demo: Demo) -> None:
+        answer = demo.ask("/kill", "POST")
+        assert answer.status == 200
+        assert re.search(r"It served <code>(GET|POST) /\S+</code>, which then ran again", answer.text), answer.text
+        told = re.search(r"Of (\d+) requests meanwhile <strong>none failed</strong>", answer.text)
+        assert told is not None, answer.text
+        assert int(told[1]) > 0
+
+    def test_a_lock_shows_who_waits_for_whom(self, demo: Demo) -> None:
+        answer = demo.ask("/lock", "POST")
+        assert (answer.status, answer.headers["Location"][-7:]) == (303, "/status")
+        eventually(lambda: re.search(r"of backend \d+, which is POST /import", demo.ask("/status").text))
+
+    def test_a_full_queue_is_503_with_a_page_that_leads_back(self, demo: Demo) -> None:
+        answer = demo.ask("/fill", "POST")
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        assert '<a href="/">try again</a>' in answer.text
+        eventually(lambda: demo.ask("/").status == 200)
+
+    def test_every_page_leads_back(self, demo: Demo) -> None:
+        for path in ("/", "/slow?seconds=0", "/fail", "/status"):
+            assert 'href="/"' in demo.ask(path).text, path
+
     def test_a_host_that_a_client_made_up_does_no_harm(self, demo: Demo) -> None:
         assert '"><script>' not in demo.ask("/", Host='"><script>').text
 
@@ -320,7 +346,7 @@ class TestPages:
 def test_load_that_is_asked_for_again_lasts_longer(
     make_pool: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zpgpool.demo.load._sleep", lambda conn: run(conn, "SELECT pg_sleep(0.001)"))
+    monkeypatch.setattr("zpgpool.demo.load._run", lambda conn, **more: run(conn, "SELECT pg_sleep(0.001)"))
     now = 0.0
     pool, made = make_pool(zpgpool.ThreadedConnectionPool), load.Load(lambda: now)
 

@@ -167,6 +167,8 @@ class StatusApp:
         snapshot = self._take(environ)
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         links = f' · <a href="{root}/metrics">Metrics</a>' if self._metrics else ""
+        if root:
+            links += f' · <a href="{root.rpartition("/")[0]}/">Back to the site</a>'
         main = draw_site(snapshot) if self._is_site else draw(snapshot)
         text = self._page.substitute(title=title(snapshot), root=root, links=links, main=main)
         return Response(text, content_type="text/html", charset="utf-8", vary="Accept")

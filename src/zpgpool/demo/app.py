@@ -22,7 +22,9 @@ from .. import get_pool
 from ..core import AbstractConnectionPool
 from ..wsgi import get_connection
 from .load import Load
+from .load import LOCKED
 from .load import SECONDS
+from .load import Tally
 from .server import EmbeddedServer
 
 
@@ -37,7 +39,17 @@ CREATE TABLE IF NOT EXISTS notes (
 LONGEST = 500
 SHOWN = 100
 
-RESTART = '<form method="post" action="{}/restart"><button>Restart the database</button></form>'
+#: The buttons: the path, the words, and what comes of it.
+BUTTONS = {
+    "/load": (f"Make {SECONDS:g} seconds of load", "more users than connections: some wait their turn"),
+    "/lock": (
+        "Hold a lock",
+        f"for {LOCKED:g} seconds: some of the load waits for it",
+    ),
+    "/kill": ("Kill a backend", "the process of the server that the oldest request uses"),
+    "/fill": ("Fill the queue", "until nobody else may wait: this very request is answered 503"),
+    "/restart": ("Restart the database", "under load: its requests wait until it is back"),
+}
 
 #: Where demo.ini has the status page.
 STATUS = "/status"
@@ -54,18 +66,16 @@ def app_factory(global_conf: Mapping[str, str]) -> DemoApp:
 
 
 class DemoApp:
-    """`/` notes, `/stream` rows while they come, `/slow` keeps its connection, `/fail` stores nothing, `/load`.
+    """`/` notes, `/stream` rows while they come, `/slow` keeps its connection, `/fail` stores nothing; and the BUTTONS.
 
-    And `/restart`, where the database is the demo's own: `own_server`.
+    `/restart` is there where the database is the demo's own: `own_server`.
     """
 
     #: Set by `serve`.
     own_server: EmbeddedServer | None = None
 
     def __init__(self) -> None:
-        folder = files(__package__)
-        self._page = Template((folder / "page.html").read_text("utf-8"))
-        self._style = (folder / "style.css").read_bytes()
+        self._style = (files(__package__) / "style.css").read_bytes()
         self._lock = threading.Lock()
         self._is_ready = False
         self._load = Load()
@@ -78,6 +88,9 @@ class DemoApp:
             "/slow": self.slow,
             "/fail": self.fail,
             "/load": self.load,
+            "/lock": self.lock,
+            "/kill": self.kill,
+            "/fill": self.fill,
             "/restart": self.restart,
             "/style.css": self.style,
         }
@@ -88,7 +101,7 @@ class DemoApp:
         page = pages.get(path)
         if page is None:
             raise HTTPNotFound()
-        allowed = {"/": ["GET", "HEAD", "POST"], "/load": ["POST"], "/restart": ["POST"]}.get(path, ["GET", "HEAD"])
+        allowed = ["POST"] if path in BUTTONS else ["GET", "HEAD", "POST"] if path == "/" else ["GET", "HEAD"]
         if request.method not in allowed:
             raise HTTPMethodNotAllowed(headers={"Allow": ", ".join(allowed)})
         return page(request)
@@ -118,9 +131,13 @@ class DemoApp:
             f'<form method="post" action="{html_escape(request.path_url)}">'
             f'<input name="note" maxlength="{LONGEST}" aria-label="A note" placeholder="A note" required autofocus>'
             "<button>Add</button></form>\n" + (f"<ol>{items}</ol>" if rows else "<p>No notes yet.</p>") + "\n"
-            f'<form method="post" action="{html_escape(request.script_name)}/load">'
-            f"<button>Make {SECONDS:g} seconds of load</button></form>\n"
-            + (RESTART.format(html_escape(request.script_name)) if self.own_server else ""),
+            "<h2>What can happen to it</h2>\n"
+            + "\n".join(
+                f'<form method="post" action="{html_escape(request.script_name)}{path}">'
+                f"<button>{button}</button> <span>{html_escape(what)}</span></form>"
+                for path, (button, what) in BUTTONS.items()
+                if path != "/restart" or self.own_server
+            ),
         )
 
     def stream(self, request: Request) -> Response:
@@ -155,19 +172,42 @@ class DemoApp:
         self._load.start(_pool())
         raise HTTPSeeOther(location=f"{request.application_url}{STATUS}")
 
+    def lock(self, request: Request) -> Response:
+        """Have a request hold a lock for which others wait, and show it meanwhile."""
+        self._load.lock(_pool())
+        raise HTTPSeeOther(location=f"{request.application_url}{STATUS}")
+
+    def kill(self, request: Request) -> Response:
+        """End a process of the server, and tell what became of the requests."""
+        killed, tally = self._load.kill(_pool())
+        was = f"It served <code>{html_escape(killed)}</code>, which then ran again. " if killed else ""
+        return self._tell(request, "Killed", f"One process of the server was ended. {was}", tally)
+
+    def fill(self, request: Request) -> Response:
+        """Fill the queue, and then ask for a connection: the answer is the 503 of `unavailable`."""
+        pool = _pool()
+        if pool.settings.max_waiting is None:
+            raise HTTPBadRequest("This pool has no max_waiting: its queue is never full.")
+        self._load.fill(pool, pool.settings.max_waiting)
+        conn = self._connect(request)
+        return self._answer(request, conn, "Served", "<p>The queue was not full any more: this request was served.</p>")
+
     def restart(self, request: Request) -> Response:
         """Restart the database under that load, and tell what became of its requests."""
         if self.own_server is None:
             raise HTTPNotFound()
         down, tally = self._load.restart(_pool(), self.own_server)
+        return self._tell(request, "Restarted", f"PostgreSQL was down for {down:.1f} seconds. ", tally)
+
+    def _tell(self, request: Request, title: str, what: str, tally: Tally) -> Response:
         return self._answer(
             request,
             self._connect(request),
-            "Restarted",
-            f'<p class="lead">PostgreSQL was down for {down:.1f} seconds. Of {tally.requests} requests meanwhile '
+            title,
+            f'<p class="lead">{what}Of {tally.requests} requests meanwhile '
             f"<strong>{tally.failed or 'none'} failed</strong>; the longest took {tally.longest:.1f} seconds, "
             "of which its own query takes up to one.</p>\n"
-            f'<p>See <a href="{html_escape(request.script_name)}{STATUS}">what the pool tells of it</a>.</p>',
+            f'<p>See <a href="{html_escape(request.script_name)}{STATUS}">what the pool says of it</a>.</p>',
         )
 
     def style(self, request: Request) -> Response:
@@ -188,12 +228,31 @@ class DemoApp:
             f"Served by thread <code>{html_escape(threading.current_thread().name)}</code>"
             f" over backend <code>{conn.info.backend_pid}</code>"
         )
-        text = self._page.substitute(
-            title=title, root=html_escape(request.script_name), status=STATUS, main=main, served=served
-        )
-        response = Response(text, cache_control="no-store")
-        response.headers["Content-Security-Policy"] = POLICY
-        return response
+        return draw(request, title, main, served)
+
+
+def draw(request: Request, title: str, main: str, served: str, status: int = 200) -> Response:
+    """Return a page of the demo."""
+    page = Template((files(__package__) / "page.html").read_text("utf-8"))
+    root = html_escape(request.script_name)
+    text = page.substitute(title=title, root=root, status=STATUS, main=main, served=served)
+    response = Response(text, status=status, cache_control="no-store")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response
+
+
+@wsgify
+def unavailable(request: Request) -> Response:
+    """Answer in place of the middleware's own 503: its option `unavailable` in demo.ini."""
+    main = (
+        '<p class="lead">503 Service Unavailable: no connection came free in time, or the server gave none. '
+        "The response says <code>Retry-After: 5</code>, and the log says who holds the connections.</p>\n"
+        f'<p>See <a href="{html_escape(request.script_name)}{STATUS}">what the pool says of it</a>, or '
+        f'<a href="{html_escape(request.script_name)}/">try again</a>.</p>'
+    )
+    response = draw(request, "Not now", main, "Served without a connection", status=503)
+    response.headers["Retry-After"] = "5"
+    return response
 
 
 def _pool() -> AbstractConnectionPool:

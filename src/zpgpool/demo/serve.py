@@ -8,14 +8,18 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from configparser import InterpolationError
 from functools import partial
 from importlib.resources import as_file
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psycopg2
+from webob import Request
+from webob.util import html_escape
 
 from .. import query_pool
 from .. import unregister_pool
@@ -25,8 +29,15 @@ from ..errors import CommandError
 from ..errors import one_line
 from ..settings import SettingError
 from .app import DemoApp
+from .app import draw
 from .server import EmbeddedServer
 from .server import ServerError
+
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
+    from _typeshed.wsgi import WSGIApplication
+    from _typeshed.wsgi import WSGIEnvironment
 
 
 log = logging.getLogger("zpgpool.demo")
@@ -91,7 +102,7 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         # The error of a misplaced % quotes what follows it, which may be a password.
         what = "a % in a value is written %%" if isinstance(error, InterpolationError) else one_line(error)
         raise CommandError(f"cannot load {ini}: {what}") from None
-    server = create_server(app, sockets=[listening], threads=THREADS, ident="zpgpool demo")
+    server = create_server(partial(_show_errors, app), sockets=[listening], threads=THREADS, ident="zpgpool demo")
     stack.callback(server.close)
     # A query that runs is cancelled with its pool; waitress would wait 5 seconds for it before.
     dispatcher = server.task_dispatcher
@@ -100,6 +111,16 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     shown = f"[{host}]" if ":" in host else host
     print(f"Serving on http://{shown}:{port}/  (Ctrl-C stops it)", flush=True)
     server.run()
+
+
+def _show_errors(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer with a page that leads back, outside of the middleware, which has rolled back."""
+    try:
+        return app(environ, start_response)
+    except Exception as error:
+        log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        main = f'<p class="lead">500 Internal Server Error: {html_escape(error)}.</p>'
+        return draw(Request(environ), "Failed", main, "Nothing was stored", status=500)(environ, start_response)
 
 
 def _listen(host: str, port: int) -> socket.socket:
