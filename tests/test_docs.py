@@ -120,7 +120,7 @@ def read_blocks(path: Path) -> list[Block]:
     marks: dict[str, str] = {}
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
-        if mark := re.match(r"\s*\.\. (file|serve|fresh|not run|walk only)(?:: (.*))?$", line):
+        if mark := re.match(r"\s*\.\. (file|serve|fresh|not run|repeat|walk only)(?:: (.*))?$", line):
             marks[mark[1]] = mark[2] or ""
         elif found := re.match(r"( *)\.\. code-block:: (\w+)$", line):
             body = []
@@ -219,10 +219,17 @@ class Desk:
 
     def do_console(self, block: Block, text: str) -> None:
         for command, expected in commands(text):
-            result = subprocess.run(
-                ["bash", "-c", command], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
-            )
-            got = result.stdout.decode()
+            for _ in range(5 if "repeat" in block.marks else 1):
+                result = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=self.folder,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    timeout=120,
+                )
+                got = result.stdout.decode()
+                if matches(expected, got):
+                    break
             if expected:
                 assert matches(expected, got), f"{block}: {command}\n{got}"
             else:
