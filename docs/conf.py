@@ -59,6 +59,41 @@ class ModuleMap(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class MessageIndex(SphinxDirective):
+    """`message-index`: each message of the pages in `messages/` by its first words, with a link to what to do."""
+
+    def run(self) -> list[nodes.Node]:
+        return [nodes.container(classes=["message-index"])]  # filled when all pages have been read
+
+
+def collect_messages(app: Sphinx, document: nodes.document) -> None:
+    """Give each message an anchor."""
+    page = app.env.current_document.docname
+    if page.startswith("messages/"):
+        found = []
+        for term in document.findall(nodes.term):
+            for literal in term.findall(nodes.literal):
+                anchor = f"m-{len(found)}"
+                literal["ids"].append(anchor)
+                found.append((literal.astext(), anchor))
+        app.env.metadata[page]["messages"] = found
+
+
+def list_messages(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Put the index in its place: in the order of the first words that are always the same."""
+    for place in document.findall(lambda node: "message-index" in getattr(node, "attributes", {}).get("classes", ())):
+        entries = [
+            (re.sub(r"^\W+", "", text), text, f"{app.builder.get_relative_uri(page, each)}#{anchor}")
+            for each, known in app.env.metadata.items()
+            for text, anchor in known.get("messages", ())
+        ]
+        items = nodes.bullet_list()
+        for _, text, address in sorted(entries, key=lambda entry: entry[0].lower()):
+            link = nodes.reference("", "", nodes.literal("", text), refuri=address, internal=True)
+            items += nodes.list_item("", nodes.paragraph("", "", link))
+        place.replace_self(items)
+
+
 def _summary(module: Path) -> str:
     """Return the first sentences of a module's docstring."""
     return " ".join((ast.get_docstring(ast.parse(module.read_text())) or "").split("\n\n")[0].split())
@@ -83,6 +118,9 @@ def list_arguments(app: Sphinx, what: str, name: str, thing: object, options: An
 
 def setup(app: Sphinx) -> None:
     """Add the above."""
+    app.add_directive("message-index", MessageIndex)
     app.add_directive("module-map", ModuleMap)
     app.add_directive("settings-table", SettingsTable)
     app.connect("autodoc-process-docstring", list_arguments)
+    app.connect("doctree-read", collect_messages)
+    app.connect("doctree-resolved", list_messages)
