@@ -352,9 +352,10 @@ def after_pyramid(desk: Desk) -> None:
 AFTERWARDS: dict[str, Callable[[Desk], None]] = {"docs/pyramid.rst": after_pyramid}
 
 
-def test_moving_gives_the_same_before_and_after(desk: Desk) -> None:
+@pytest.mark.parametrize("page", ["docs/moving.rst", "docs/moving-others.rst"])
+def test_moving_gives_the_same_before_and_after(page: str, desk: Desk) -> None:
     """Each pair of pools, under eight threads that ask one after the other and at the same time."""
-    for block in BLOCKS["docs/moving.rst"]:
+    for block in BLOCKS[page]:
         module = {"psycopg2_pool": "psycopg2-pool", "dbutils": "DBUtils", "sqlalchemy": "SQLAlchemy"}
         for name, package in module.items():
             if name in block.text and not _is_there(name):
@@ -716,6 +717,16 @@ def test_every_message_is_on_its_page(built: dict[str, str]) -> None:
             if re.sub(r"[^\w/:.=<>-]+", " ", part).strip(" .:=<>-/") not in text
         ]
     )
+
+
+def test_each_page_is_short_and_says_first_what_it_is_for() -> None:
+    pages = [path for path in [*DOCS.glob("*.rst"), *DOCS.glob("*/*.rst")] if path.parent.name != "benchmarks"]
+    nothing_is_missing(
+        [f"{path}: an end before its 200th line" for path in pages if path.read_text().count("\n") > 200]
+    )
+    for path in pages:
+        if path.name not in ("index.rst", "changes.rst", "glossary.rst"):
+            assert re.match(r"(?:\.\. _.*\n\n)?.*\n=+\n\n(This page |The status page shows )", path.read_text()), path
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

@@ -19,7 +19,11 @@ from zpgpool.demo.server import EmbeddedServer
 
 
 #: The page, and the first block of the walk: from there on all is done.
-WALKS = {"docs/tutorial.rst": "zpgpool[demo", "docs/pyramid.rst": "zpgpool[pyramid", "docs/zope.rst": "zpgpool[zcml"}
+WALKS = {
+    "docs/tutorial.rst": "zpgpool[demo",
+    "docs/pyramid.rst": "zpgpool[pyramid",
+    "docs/zope-walk.rst": "zpgpool[zcml",
+}
 
 SOURCE = re.compile(r"zpgpool(\[[\w,]+\]) @ git\+https://\S+?(?='|$)")
 
