@@ -28,15 +28,58 @@ html_theme = "furo"
 html_title = f"zpgpool {version}"
 
 
+#: Of each setting an example, as a file has it, and the page that says more.
+EXAMPLES = {
+    "minconn": ("2", "howto/sizing"),
+    "maxconn": ("8", "howto/sizing"),
+    "idle_timeout": ("300", "howto/which"),
+    "timeout": ("10", "howto/sizing"),
+    "max_waiting": ("4", "howto/sizing"),
+    "outage_wait": ("5", "howto/outages"),
+    "max_lifetime": ("1800", "fleets"),
+    "check": ("shop.db:check", "howto/outages"),
+    "check_idle": ("none", "howto/outages"),
+    "configure": ("shop.db:configure", "howto/request"),
+    "reset": ("discard", "security"),
+    "autocommit": ("safe", "howto/request"),
+    "isolation_level": ("serializable", "transactions"),
+    "readonly": ("true", "howto/readers"),
+    "pooler": ("pgbouncer-transaction", "beyond"),
+    "twophase": ("true", "transactions"),
+    "verify_commit": ("true", "howto/outages"),
+    "replica": ("standby", "howto/readers"),
+    "primary_after_write": ("2", "howto/readers"),
+    "max_lag": ("10", "howto/readers"),
+    "prune_interval": ("10", "design"),
+    "leak_after": ("60", "howto/exhausted"),
+    "hold_limit": ("300", "howto/exhausted"),
+    "name": ("main", "howto/request"),
+}
+
+
 class SettingsTable(SphinxDirective):
-    """`settings-table`: what `zpgpool.settings` knows of each setting."""
+    """`settings-table`: what `zpgpool.settings` knows of each setting; the first column leads to `settings-list`."""
 
     def run(self) -> list[nodes.Node]:
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 18 14 12 12 44", ""]
-        lines += _row("setting", "unit", "in Python", "in files", "meaning")
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 22 14 14 50", ""]
+        lines += _row("setting", "in Python", "in files", "meaning")
         for name, field in TABLE.items():
             row = field.metadata
-            lines += _row(f"``{name}``", row["unit"], _shown(field.default), _shown(row["in_files"]), row["help"])
+            lines += _row(f":confval:`{name}`", _shown(field.default), _shown(row["in_files"]), row["help"])
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+class SettingsList(SphinxDirective):
+    """`settings-list`: of each setting an anchor, what it takes, an example, and where to read more."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for name, field in TABLE.items():
+            row = field.metadata
+            example, page = EXAMPLES[name]
+            defaults = f"{_shown(field.default)} in Python, {_shown(row['in_files'])} in files"
+            lines += [f".. confval:: {name}", f"   :type: {row['unit']}", f"   :default: {defaults}", ""]
+            lines += [f"   {row['help'][0].upper()}{row['help'][1:]}. For instance ``{name} = {example}``. See :doc:`{page}`.", ""]
         return self.parse_text_to_nodes("\n".join(lines))
 
 
@@ -120,6 +163,7 @@ def setup(app: Sphinx) -> None:
     """Add the above."""
     app.add_directive("message-index", MessageIndex)
     app.add_directive("module-map", ModuleMap)
+    app.add_directive("settings-list", SettingsList)
     app.add_directive("settings-table", SettingsTable)
     app.connect("autodoc-process-docstring", list_arguments)
     app.connect("doctree-read", collect_messages)
