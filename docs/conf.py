@@ -79,7 +79,8 @@ class SettingsList(SphinxDirective):
             example, page = EXAMPLES[name]
             defaults = f"{_shown(field.default)} in Python, {_shown(row['in_files'])} in files"
             lines += [f".. confval:: {name}", f"   :type: {row['unit']}", f"   :default: {defaults}", ""]
-            lines += [f"   {row['help'][0].upper()}{row['help'][1:]}. For instance ``{name} = {example}``. See :doc:`{page}`.", ""]
+            meaning = f"{row['help'][0].upper()}{row['help'][1:]}"
+            lines += [f"   {meaning}. For instance ``{name} = {example}``. See :doc:`{page}`.", ""]
         return self.parse_text_to_nodes("\n".join(lines))
 
 

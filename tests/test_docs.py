@@ -68,7 +68,7 @@ PAGES = {
 }
 
 #: What is run, and what is shown only.
-RUN = {"python", "ini", "xml", "console"}
+RUN = {"python", "ini", "xml", "console", "sql"}
 SHOWN = {"apache", "nginx", "text", "yaml"}
 
 #: How many blocks of the former cannot be run. Think twice before you add one.
@@ -180,6 +180,10 @@ class Desk:
         if not block.marks.get("file", "").endswith(".py"):  # a .py is somebody else's to run
             self.names.setdefault("__name__", "__main__")
             exec(code, self.names)
+
+    def do_sql(self, block: Block, text: str) -> None:
+        with closing(psycopg2.connect(os.environ["APP_DSN"])) as conn, conn.cursor() as cursor:
+            cursor.execute(text)
 
     def do_xml(self, block: Block, text: str) -> None:
         xmlconfig: Any = import_module("zope.configuration.xmlconfig")
