@@ -46,9 +46,12 @@ def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zope.event, "subscribers", [])
 
 
-@pytest.mark.parametrize(("autocommit", "most"), [(None, 12), (True, 11)])
-def test_a_warm_request(make_pool: Any, autocommit: bool | None, most: int) -> None:
-    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 4, idle_timeout=60, autocommit=autocommit)
+@pytest.mark.parametrize(
+    ("kind", "autocommit", "most"),
+    [("persistent", None, 12), ("persistent", True, 11), ("threaded", None, 18), ("threaded", True, 17)],
+)
+def test_a_warm_request(make_pool: Any, kind: str, autocommit: bool | None, most: int) -> None:
+    pool = make_pool(KINDS[kind], 1, 4, idle_timeout=60, autocommit=autocommit)
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         with get_connection(environ).cursor() as cursor:

@@ -77,6 +77,8 @@ class KeyedPool(Pool, Protocol):
 
     def getconn(self, key: Hashable = None, *, timeout: float | None = None) -> Connection: ...
 
+    def putconn(self, conn: Connection | None = None, key: Hashable = None, close: bool = False) -> None: ...
+
 
 class PersistentPool(Pool, Protocol):
     """See `IPersistentConnectionPool`."""

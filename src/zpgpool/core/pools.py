@@ -212,6 +212,17 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def _getconn_by_key(self, key: Hashable, owner: ThreadOwner, timeout: float | None) -> Connection:
         start = monotonic()
         seconds = self.settings.timeout if timeout is None else convert("timeout", timeout)
+        # Most often the thread's own connection rests here, and nobody else asks with this key: as in `getconn`.
+        entry = None if key in self._used else self._parked.pop(owner, None)
+        if entry is not None:
+            is_old = start > entry.look_at
+            if is_old and (
+                start >= entry.expires or start - entry.since > self._rest or entry.look(0) or getpid() != self._pid
+            ):
+                entry = self._obtain(entry, seconds, start)
+            else:
+                entry.since, entry.look_at = start, start + MOMENT if is_old else entry.look_at
+            return self._enter(key, owner, entry)
         until = start + min(seconds or PING, TIMEOUT_MAX)
         mine = Gate()
         while (conn := self._conn_of(key, owner)) is None:
@@ -222,17 +233,20 @@ class _KeyedConnectionPool(AbstractConnectionPool):
         else:
             return conn
         try:
-            entry = self._obtain(self._parked.pop(owner, None), seconds, start)
-            entry.owner, entry.sharers = owner, ()
-            owner.uses += 1
-            winner = self._used.setdefault(key, entry)
-            if winner is not entry:
-                self._share(winner, owner)
-                self._give_back(owner, entry, close=False)
-            return winner.conn
+            return self._enter(key, owner, self._obtain(self._parked.pop(owner, None), seconds, start))
         finally:
             self._comers.pop(key, None)
             mine.open()
+
+    def _enter(self, key: Hashable, owner: ThreadOwner, entry: Entry) -> Connection:
+        """Note that `key` has `entry`; return what it has, which another thread may have entered first."""
+        entry.owner, entry.sharers = owner, ()
+        owner.uses += 1
+        winner = self._used.setdefault(key, entry)
+        if winner is not entry:
+            self._share(winner, owner)
+            self._give_back(owner, entry, close=False)
+        return winner.conn
 
     def _share(self, entry: Entry, owner: ThreadOwner) -> None:
         if entry.owner is not owner and owner not in entry.sharers:

@@ -338,7 +338,8 @@ class OwnLease(Lease):
             if conn is not None:
                 return conn
         if self._conn is None or self._conn.closed:
-            self._give_back()
+            if self._conn is not None:
+                self._give_back()
             self._conn = self._getconn()
         return self._commit_at_once(self._conn) if self.commits_at_once else self._conn
 
@@ -365,6 +366,11 @@ class KeyedLease(OwnLease):
 
     def _getconn(self) -> Connection:
         return self.pool.getconn(self)
+
+    def _give_back(self) -> None:
+        if self._conn is not None:
+            self.pool.putconn(self._conn, self, bool(self.environ.get("wsgi.run_once")))
+            self._conn = None
 
 
 def lease_class(pool: Pool) -> Callable[..., Lease]:
