@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 # Two installs into one .venv at a time break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs stress bench dist clean
+.PHONY: help demo test test-all lint format docs screenshots stress bench dist clean
 
 help:
 	@echo "make demo [PORT=8080] [HOST=...] [DATA=...] [DSN=...]  serve the demo on a PostgreSQL of its own"
@@ -27,6 +27,7 @@ help:
 	@echo "                                 (ZPGPOOL_TEST_DSN=...: against that server)"
 	@echo "make lint | format               check | rewrite the code's form, check its types"
 	@echo "make docs                        build the documentation into docs/_build/html"
+	@echo "make screenshots                 take the pictures of the documentation (needs Chromium)"
 	@echo "make stress [SECONDS=20] [SEED=1]  run the pools against a server that is shot at"
 	@echo "make bench [QUICK=1]             measure the pools beside the others (QUICK: for breakage only)"
 	@echo "make dist                        build the wheel and the sdist into dist/, and check them"
@@ -62,6 +63,9 @@ format: .venv/format.stamp
 docs: .venv/docs.stamp
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo "Read docs/_build/html/index.html"
+
+screenshots: .venv/test.stamp
+	PYTHONPATH=tests:. $(BIN)/python docs/screenshots.py
 
 stress: .venv/stress.stamp
 	$(BIN)/python tests/stress.py --seconds $(SECONDS) --seed $(SEED)

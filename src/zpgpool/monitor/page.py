@@ -178,7 +178,7 @@ def _pool(pool: Json, number: int, has_process: bool = False, most: int | None =
 <h3>Who waits for one</h3>
 {_folded(f"waiters-{number}", "Nobody.", waiters, most)}
 <h3>What happened</h3>
-{_table("Nothing worth telling.", map(_tale, pool["incidents"]))}
+{_table("Nothing worth mentioning.", map(_tale, pool["incidents"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
 </section>"""
 
