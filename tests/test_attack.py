@@ -31,6 +31,8 @@ from conftest import run
 from proxy import Proxy
 from zpgpool.core import timer
 from zpgpool.core.handoff import CONNECTING
+from zpgpool.core.lines import current_lines
+from zpgpool.core.lines import UNKNOWN
 from zpgpool.core.owners import tasks
 from zpgpool.core.timer import MaintenanceTimer
 from zpgpool.core.watchdog import RETURN_LIMIT
@@ -434,7 +436,40 @@ sys.exit(status != 0 or conn.info.backend_pid != before)
 """
 
 
+REPORT_IN_C_FORK = """
+import ctypes, os, sys, threading
+import zpgpool
+pool = zpgpool.ThreadedConnectionPool(1, 2, {dsn!r}, idle_timeout=60)
+pool.putconn(pool.getconn())
+threading.Event().wait(0.05)
+pid = ctypes.PyDLL(None).fork()
+if pid == 0:
+    def use_stack(depth):
+        return sum(map(use_stack, [depth - 1])) if depth else 0
+    threads = [threading.Thread(target=use_stack, args=(99,)) for _ in range(4)]  # their stacks were the parent's
+    for thread in threads:
+        thread.start()
+    conn = pool.getconn()
+    [holder] = pool.holders()
+    zpgpool.core.owners.forget_tasks([threading.get_ident()])
+    os._exit(0)
+sys.exit(os.waitpid(pid, 0)[1] != 0)
+"""
+
+
 class TestOwnProcess:
+    def test_where_the_threads_are_is_not_looked_for_on_stacks_of_others(self, dsn: str) -> None:
+        """CPython 3.11 and 3.12: SIGSEGV, in a child of C code, of whatever lists holders or waiters."""
+        result = subprocess.run([sys.executable, "-c", REPORT_IN_C_FORK.format(dsn=dsn)], timeout=60)
+        assert result.returncode == 0
+
+    def test_a_line_that_is_not_known_is_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Here in the parent, on any version."""
+        monkeypatch.setattr("zpgpool.core.lines.HAS_FRAMES_ON_STACKS", True)
+        assert "test_attack" in current_lines()[threading.get_ident()]
+        monkeypatch.setattr("zpgpool.core.lines._process", -1)
+        assert current_lines()[threading.get_ident()] == UNKNOWN
+
     @pytest.mark.parametrize("factory", SHARED)
     def test_a_fork_that_runs_no_hooks(self, dsn: str, factory: Any) -> None:
         script = C_FORK.format(kind=factory.__name__, dsn=dsn)

@@ -17,10 +17,18 @@ _PYTHON = (sysconfig.get_path("stdlib") + os.sep, "<")
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 ENDED = "(its thread has ended)"
+UNKNOWN = "(not known in a process that C code has forked)"
 
 #: CPython's issue 106883: a garbage collection inside `sys._current_frames()` may wait for ever for a lock that a
 #: thread has which is just being started.
 HAS_FRAMES_BUG = sys.version_info[:2] == (3, 11) and sys.version_info < (3, 11, 9)
+
+#: CPython 3.11 and 3.12 look for a thread's frame on its C stack. In a child that was forked without Python's hooks the
+#: parent's threads are still listed, while their stacks belong to new threads (measured: SIGSEGV).
+HAS_FRAMES_ON_STACKS = (3, 11) <= sys.version_info < (3, 13)
+
+#: The process in which the threads that are listed are.
+_process = os.getpid()
 
 _frames_lock = threading.RLock()
 
@@ -30,7 +38,8 @@ _is_collector_off = False
 
 def _renew_frames_lock() -> None:
     """In a forked child: another thread of the parent may have held the lock."""
-    global _frames_lock, _is_collector_off
+    global _frames_lock, _is_collector_off, _process
+    _process = os.getpid()
     _frames_lock = threading.RLock()
     if _is_collector_off:
         _is_collector_off = False
@@ -45,6 +54,8 @@ def current_lines() -> dict[int, str]:
 
     Not the frames: a frame that is kept keeps what it refers to, and a connection that its user has lost with it.
     """
+    if HAS_FRAMES_ON_STACKS and _process != os.getpid():
+        return {thread.ident or 0: UNKNOWN for thread in threading.enumerate()}
     return {number: line_of(frame) for number, frame in _current_frames().items()}
 
 
