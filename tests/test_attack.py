@@ -760,6 +760,78 @@ class TestWhatAReviewerBroke:
         assert pool.holders() == []
         assert "its end was interrupted" in caplog.text
 
+    def test_a_request_that_was_interrupted_before_it_knew_its_connection(
+        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, idle_timeout=60)
+        getconn = pool.getconn
+
+        def interrupted(*args: Any, **keywords: Any) -> Any:
+            run(getconn(*args, **keywords), "SELECT 1")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pool, "getconn", interrupted)
+        app: Any = get_connection  # which is called with the environ, and raises
+        site: Any = PoolMiddleware(lambda environ, start_response: app(environ), pool)
+        with pytest.raises(KeyboardInterrupt):
+            site({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *args: None)
+        assert pool.holders() == []
+
+    @both
+    @pytest.mark.parametrize("keeps_body", [True, False])
+    def test_the_end_of_a_streamed_body_that_was_interrupted(
+        self, make_pool: MakePool, factory: Any, keeps_body: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The body's own end finishes it, or the thread's next request."""
+        pool = make_pool(factory, 0, 1, idle_timeout=60)
+
+        def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+            run(get_connection(environ), "SELECT 1")
+            start_response("200 OK", [])
+            yield b""
+
+        def interrupted(*args: Any, **keywords: Any) -> None:
+            raise KeyboardInterrupt
+
+        site: Any = PoolMiddleware(app, pool)
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+        body = site(dict(environ), lambda *args: None)
+        assert list(body) == [b""]
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "putconn" if factory is zpgpool.ThreadedConnectionPool else "putconn_of", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                body.close()
+        assert len(pool.holders()) == 1
+        if keeps_body:
+            site(dict(environ), lambda *args: None).close()
+        else:
+            del body
+        assert pool.holders() == []
+
+    @pytest.mark.parametrize("what", ["connect", "close"])
+    def test_what_was_interrupted_before_its_thread_is_not_under_way(
+        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        """It was counted for ever, and as many idle connections never expired."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=60, max_lifetime=600, timer=None)
+        conns = [pool.getconn() for _ in range(2)]
+
+        def interrupted(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("zpgpool.core.opener.start", interrupted)
+            patch.setattr("zpgpool.core.workers.Workers.run", interrupted)
+            if what == "close":
+                pool.putconn(conns.pop())
+                next(iter(pool._parked.values())).expire_now()
+            with pytest.raises(KeyboardInterrupt):
+                pool.getconn()
+        for conn in conns:
+            pool.putconn(conn)
+        pool.run_maintenance(time.monotonic() + 61)
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)
+
     @both
     def test_what_a_transaction_does_after_its_savepoint_is_no_other_requests(
         self, make_pool: MakePool, outside: Outside, factory: Any

@@ -191,8 +191,9 @@ class PoolMiddleware:
                         f"{lease}: another thread iterates its body still, and this one begins a new request, but "
                         f"{pool!r} has one connection for each thread: use a 'threaded' pool with this server"
                     )
-            elif is_bound or not lease.is_streaming:
-                why = "its body was not closed" if lease.is_streaming else "its end was interrupted"
+            elif is_bound or lease.is_ending or not lease.is_streaming:
+                is_open = lease.is_streaming and not lease.is_ending
+                why = "its body was not closed" if is_open else "its end was interrupted"
                 log.warning("%s: %s before the thread's next request; ended now", lease, why)
                 lease.end()
         while state.orphaned:

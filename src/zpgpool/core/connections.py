@@ -331,7 +331,7 @@ class Connections(IdleConnections):
         """Do the timer's part: nothing here waits for a server."""
         staying = self.expire(now, later=True)
         self.look_at_all()
-        missing = max(self.settings.minconn - len(self.handoff) + self._leaving, staying)
+        missing = max(self.settings.minconn - len(self.handoff) + self._leaving(), staying)
         if missing <= 0:
             self._refill_at = NEVER_YET
         elif now >= self._refill_at or not self._in_background:

@@ -78,8 +78,6 @@ class IdleConnections:
         self._drained_at = NEVER_YET
         #: Whether one may be parked behind younger ones: then all must be asked for their age.
         self._is_unordered = False
-        #: How many are being closed by other threads: they count as slots still, but they will not stay.
-        self._leaving = 0
         #: When the timer may open connections up to `minconn`, where the server has gone: not in all processes at once.
         self._refill_at = NEVER_YET
         self._counts = dict.fromkeys(COUNTS, 0.0)
@@ -119,7 +117,7 @@ class IdleConnections:
         staying = 0
         if idle_timeout := self.settings.idle_timeout:
             has_room = len(self.handoff) < self.settings.maxconn
-            others = self._leaving + self.opener.under_way
+            others = self._leaving() + self.opener.under_way
             most = len(self.handoff) - others - self.settings.minconn
             if most <= 0 and not has_room and not others:  # no other one can be opened first
                 most = len(self.handoff)
@@ -277,19 +275,14 @@ class IdleConnections:
     def discard_later(self, entry: Entry, reason: str) -> None:
         """Do as `discard`, in another thread: the server may be silent, and the caller has no time for that."""
         entry.state = CLOSING
-        with self.lock:
-            self._leaving += 1
         if self._in_background:
-            closers.run(partial(self._discard_leaving, entry, reason))
+            closers.run(partial(self.discard, entry, reason))
         else:
-            self._discard_leaving(entry, reason)
-
-    def _discard_leaving(self, entry: Entry, reason: str) -> None:
-        try:
             self.discard(entry, reason)
-        finally:
-            with self.lock:
-                self._leaving -= 1
+
+    def _leaving(self) -> int:
+        """Return how many are being closed: they count as slots still, but they will not stay."""
+        return sum(slot.state == CLOSING for slot in self.handoff.slots)
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 

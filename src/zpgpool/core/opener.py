@@ -6,7 +6,6 @@ comes first: a connection that is returned, or a new one. A connect that outlive
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -79,8 +78,8 @@ class Opener:
         self.handoff: Handoff[Entry]
         self.settings = settings
         self.backoff = ConnectBackoff()
-        #: How many connects have failed, and how many are under way.
-        self.failures = self.under_way = 0
+        #: How many connects have failed.
+        self.failures = 0
         self._connect = connect
         self._publish = publish
         self._notifier = notifier
@@ -90,7 +89,11 @@ class Opener:
         self._ask_why = ask_why
         self._quiet_until = NEVER_YET
         self._diagnoses: dict[str, Diagnosis] = {}
-        self._lock = threading.Lock()  # only for the counter: nothing that is called under it can call us
+
+    @property
+    def under_way(self) -> int:
+        """How many connects are under way. Counted anew: an exception may break off what would keep a number."""
+        return sum(slot.state == CONNECTING for slot in self.handoff.slots)
 
     def fill(self) -> float | None:
         """Open connections until one is on its way for each waiter, as far as there is room.
@@ -153,8 +156,6 @@ class Opener:
 
     def _begin(self, entry: Entry) -> Opening:
         opening = Opening()
-        with self._lock:
-            self.under_way += 1
         run = partial(self._run, entry, opening)
         if not self._in_background or not start(run, "zpgpool-connect"):
             run()
@@ -164,8 +165,6 @@ class Opener:
         try:
             opening.error = self._open(entry)
         finally:
-            with self._lock:
-                self.under_way -= 1
             opening.has_ended.open()
 
     def _open(self, entry: Entry) -> BaseException | None:

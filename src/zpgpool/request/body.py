@@ -58,12 +58,14 @@ class Body:
             self._lease.leave(before)
 
     def close(self) -> None:
-        """Close the application's body, then end the request, whatever that raised; once."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        """Close the application's body, once, then end the request, whatever that raised.
+
+        To be repeated where an exception has stopped it: the end is the lease's, which goes on with it.
+        """
         try:
-            self._close_body()
+            if not self._is_closed:
+                self._is_closed = True
+                self._close_body()
         finally:
             self._lease.end()
 
@@ -78,10 +80,12 @@ class Body:
                 self._lease.leave(before)
 
     def __del__(self) -> None:
-        if not getattr(self, "_is_closed", True):  # True: an exception came before it was made whole
-            if not self._lease.is_over:
-                log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease)
-            self.close()
+        is_closed = getattr(self, "_is_closed", None)
+        if is_closed is None or (is_closed and self._lease.is_over):
+            return  # an exception came before it was made whole; or all is done
+        if not is_closed and not self._lease.is_over:
+            log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease)
+        self.close()
 
 
 class SizedBody(Body):

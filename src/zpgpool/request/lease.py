@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from contextlib import suppress
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -126,6 +127,11 @@ class Lease(Work):
             return False
         except RuntimeError:
             return True
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the calling thread has begun to end it, and an exception has stopped that."""
+        return self._ender == get_ident() and not self.is_over
 
     @property
     def is_running(self) -> bool:
@@ -364,13 +370,24 @@ class KeyedLease(OwnLease):
 
     pool: KeyedPool
 
+    #: Whether the pool was asked for a connection: an exception may come before `_conn` has it.
+    _has_asked = False
+
     def _getconn(self) -> Connection:
+        self._has_asked = True
         return self.pool.getconn(self)
 
     def _give_back(self) -> None:
         if self._conn is not None:
             self.pool.putconn(self._conn, self, bool(self.environ.get("wsgi.run_once")))
-            self._conn = None
+            self._hand_over()
+        elif self._has_asked:
+            with suppress(PoolError):  # it gave none
+                self.pool.putconn(key=self)
+
+    def _hand_over(self) -> None:
+        super()._hand_over()
+        self._has_asked = False
 
 
 def lease_class(pool: Pool) -> Callable[..., Lease]:
