@@ -28,7 +28,7 @@ help:
 	@echo "make lint | format               check | rewrite the code's form, check its types"
 	@echo "make docs                        build the documentation into docs/_build/html"
 	@echo "make screenshots                 take the pictures of the documentation (needs Chromium)"
-	@echo "make stress [SECONDS=20] [SEED=1]  run the pools against a server that is shot at"
+	@echo "make stress [SECONDS=20] [SEED=1] [SCENARIO=...]  attack the pools while threads use them"
 	@echo "make bench [QUICK=1]             measure the pools beside the others (QUICK: for breakage only)"
 	@echo "make dist                        build the wheel and the sdist into dist/, and check them"
 	@echo "make clean                       remove what the above made"
@@ -68,7 +68,7 @@ screenshots: .venv/test.stamp
 	PYTHONPATH=tests:. $(BIN)/python docs/screenshots.py
 
 stress: .venv/stress.stamp
-	$(BIN)/python tests/stress.py --seconds $(SECONDS) --seed $(SEED)
+	PYTHONPATH=. $(BIN)/python tests/stress.py --seconds $(SECONDS) --seed $(SEED) $(if $(SCENARIO),--scenario $(SCENARIO))
 
 bench: .venv/bench.stamp
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks

@@ -29,6 +29,8 @@ from psycopg2.extensions import make_dsn
 from zope.testing.cleanup import cleanUp
 
 import zpgpool
+from waiting import eventually as eventually
+from waiting import is_within as is_within
 from zpgpool.demo.server import EmbeddedServer
 
 
@@ -264,31 +266,6 @@ def clean_process() -> Iterator[None]:
     for name, logger in loggers.items():
         level, logger.handlers[:], logger.disabled = before[name]
         logger.setLevel(level)
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Wait for what another process or thread does, and return it: the one place where tests wait for real time."""
-    start = time.monotonic()
-    while not (result := condition()):
-        assert is_within(time.monotonic() - start, seconds), f"not within {seconds} s"
-        time.sleep(0.002)
-    return result
-
-
-def is_within(seconds: float, bound: float) -> bool:
-    """Whether something took less than `bound` seconds, or would have on a machine that had nothing else to do.
-
-    Only who exceeds the bound is asked how busy the machine is: on a quiet one it stands as it is.
-    """
-    return seconds < bound or seconds < bound * max(_slowness() for _ in range(5))
-
-
-def _slowness() -> float:
-    """Return how many times longer than its own time work takes now."""
-    start, began = time.monotonic(), time.thread_time()
-    while (worked := time.thread_time() - began) < 0.1:
-        pass
-    return (time.monotonic() - start) / worked
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Any:

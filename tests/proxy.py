@@ -6,10 +6,11 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from conftest import eventually
+from waiting import eventually
 
 
 class Proxy:
@@ -25,6 +26,8 @@ class Proxy:
         self.tap: Callable[[bytes], None] = lambda data: None
         #: False: nothing is forwarded any more, and nothing is closed.
         self.is_forwarding = True
+        #: How long each chunk takes on its way, in seconds: one after another, for all clients.
+        self.delay = 0.0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._is_closed = False
@@ -64,6 +67,8 @@ class Proxy:
                 other = pair[1] if sock is pair[0] else pair[0]
                 try:
                     data = sock.recv(65536)
+                    if self.delay:
+                        time.sleep(self.delay)
                     if data and sock is pair[0]:
                         self.tap(data)
                     if data:
@@ -124,9 +129,9 @@ class Proxy:
             self._forgotten.append((client, thread))
 
     def _reset_on_send(self, client: socket.socket) -> None:
-        if client.recv(1):
-            self._linger(client)
-            client.close()
+        with client, suppress(OSError):
+            if client.recv(1):
+                self._linger(client)
 
     def close(self) -> None:
         self._is_closed = True
