@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Soak(Forks):
         return []
 
     def attack(self, seconds: float) -> None:
-        self.site = Site(self)
+        self.site = Site(self, itertools.count())
         super().attack(float("inf") if self.is_alone else seconds)
 
     def step(self) -> bool:

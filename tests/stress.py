@@ -46,7 +46,7 @@ SERVER_OPTIONS = {"fsync": "off", "max_connections": "150"}
 
 def main(names: list[str], seconds: float, seed: int, patience: float) -> int:
     """Run these scenarios, each for its part of the time; return 1 when something was wrong."""
-    logging.getLogger("zpgpool").setLevel(logging.CRITICAL)
+    logging.disable()
     threading.excepthook = lambda args: None if args.exc_type is Shot else threading.__excepthook__(args)
     runs = [(SCENARIOS[name], factory) for name in names for factory in FACTORIES]
     share = seconds / len(runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import signal
 import sys
@@ -13,8 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg2
+from pyramid.config import Configurator
+from pyramid.response import Response
 
 from scenario import Scenario
+from zpgpool.interfaces import IConnectionPool
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
 
@@ -35,21 +39,27 @@ class Site:
 
     JOBS = ("commit", "roll back", "leave", "fail")
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, numbers: Iterator[int]) -> None:
         self._scenario = scenario
-        self._numbers = itertools.count()
-        self._middleware: Any = PoolMiddleware(self._app, scenario.pool)
+        self._numbers = numbers
+        self._wsgi = self._make_wsgi(scenario.pool)
+
+    def _make_wsgi(self, pool: Any) -> Any:
+        return PoolMiddleware(self._app, pool)
 
     def serve(self, dice: random.Random) -> None:
         """Serve one request as a server does: what is raised, is raised after the body was closed."""
         environ = {
             "REQUEST_METHOD": dice.choice(["GET", "POST"]),
             "PATH_INFO": "/",
+            "SERVER_NAME": "localhost",
+            "SERVER_PORT": "80",
+            "wsgi.url_scheme": "http",
             "stress.job": dice.choice(self.JOBS),
             "stress.streams": dice.random() < 0.5,
         }
         try:
-            body = self._middleware(environ, lambda status, headers, exc_info=None: None)
+            body = self._wsgi(environ, lambda status, headers, exc_info=None: None)
             try:
                 for _ in body:
                     pass
@@ -60,32 +70,74 @@ class Site:
             pass  # the application's own
 
     def _app(self, environ: Any, start_response: Any) -> Any:
-        with self._scenario.in_time():
-            conn = get_connection(environ)
-        self._scenario.check_begins(conn)
-        number, job, streams = next(self._numbers), environ["stress.job"], environ["stress.streams"]
-        self._write(environ, number, job if not streams else "leave")
+        job, streams = environ["stress.job"], environ["stress.streams"]
+        self._begin(lambda: get_connection(environ), "leave" if streams else job)
         start_response("200 OK", [("Content-Type", "text/plain")])
-        return self._stream(environ, number, job) if streams else [b"done"]
+        return self._stream(environ, job) if streams else [b"done"]
 
-    def _stream(self, environ: Any, number: int, job: str) -> Iterator[bytes]:
+    def _stream(self, environ: Any, job: str) -> Iterator[bytes]:
         yield b"first"
         get_connection(environ).rollback()
-        self._write(environ, number, job)
+        self._begin(lambda: get_connection(environ), job)
         yield b"last"
 
-    @staticmethod
-    def _write(environ: Any, number: int, job: str) -> None:
-        conn = get_connection(environ)
+    def _begin(self, get: Callable[[], Any], job: str) -> None:
+        """Get the request's connection, which must be clean, and do the job with it."""
+        with self._scenario.in_time():
+            conn = get()
+        self._scenario.check_begins(conn)
+        number = next(self._numbers)
         with conn.cursor() as cursor:
             cursor.execute("INSERT INTO stress VALUES (%s, 'begun')", [number])
             if job == "commit":
                 cursor.execute("UPDATE stress SET state = 'ready' WHERE number = %s", [number])
-                conn.commit()
-            elif job == "roll back":
-                conn.rollback()
-            elif job == "fail":
-                raise ZeroDivisionError
+        self._end(conn, job)
+
+    def _end(self, conn: Any, job: str) -> None:
+        if job == "commit":
+            conn.commit()
+        elif job == "roll back":
+            conn.rollback()
+        elif job == "fail":
+            raise ZeroDivisionError
+
+
+class PyramidSite(Site):
+    """The same with Pyramid, whose pyramid_tm commits. Its streamed bodies begin when that is done."""
+
+    #: What makes the transaction manager of a request; None: it is the thread's.
+    manager: str | None = None
+
+    def _make_wsgi(self, pool: Any) -> Any:
+        config = Configurator(settings={"tm.manager_hook": self.manager} if self.manager else {})
+        config.registry.registerUtility(pool, IConnectionPool)
+        config.include("pyramid_tm")
+        config.include("zpgpool")
+        config.add_route("all", "/*path")
+        config.add_view(self._view, route_name="all")
+        return config.make_wsgi_app()
+
+    def _view(self, request: Any) -> Response:
+        job, streams = request.environ["stress.job"], request.environ["stress.streams"]
+        self._begin(lambda: request.pgconn, job)
+        if job != "commit":
+            request.tm.doom()
+        return Response(app_iter=self._pieces(request, job)) if streams else Response("done")
+
+    def _pieces(self, request: Any, job: str) -> Iterator[bytes]:
+        yield b"first"
+        self._begin(lambda: request.pgconn, "leave")
+        yield b"last"
+
+    def _end(self, conn: Any, job: str) -> None:
+        if job == "fail":
+            raise ZeroDivisionError
+
+
+class ExplicitPyramidSite(PyramidSite):
+    """And with a transaction manager for each request."""
+
+    manager = "pyramid_tm.explicit_manager"
 
 
 class Signals(Scenario):
@@ -107,12 +159,18 @@ class Signals(Scenario):
 
     def make_pool(self) -> Any:
         self.pool = pool = super().make_pool()
-        self.site = Site(self)
+        numbers = itertools.count()
+        self.sites = [kind(self, numbers) for kind in (Site, Site, PyramidSite, ExplicitPyramidSite)]
         return pool
 
     def strike(self, number: int, frame: Any) -> None:
         if self.is_armed:
             self.is_armed = False
+            while frame is not None:
+                # Python's own lock stays taken, where an exception comes between that and its `try`.
+                if frame.f_code.co_filename == logging.__file__:
+                    return
+                frame = frame.f_back
             self.strikes += 1
             raise Strike if self.strikes % 2 else FatalStrike
 
@@ -123,22 +181,24 @@ class Signals(Scenario):
         dice = random.Random(self.dice.random())
         while not self.is_over.is_set():
             try:
-                self.site.serve(dice)
+                dice.choice(self.sites).serve(dice)
             except psycopg2.Error as error:
                 self.count(type(error).__name__)
             else:
                 self.count("request beside")
 
     def step(self) -> bool:
+        before = self.strikes
         try:
             self.serve_struck(self.dice.uniform(1e-6, 1.2 * self.length))
-        except (Strike, FatalStrike):
-            pass
-        except psycopg2.Error as error:
-            self.count(type(error).__name__)
+        except (Exception, FatalStrike) as error:
+            if before == self.strikes and not isinstance(error, psycopg2.Error):
+                raise
+            self.count(type(error).__name__)  # what was struck may end in an error of its own
         self.is_armed = False
         self.requests += 1
         if self.requests % 100 == 0:
+            self.counts |= {"struck": self.strikes, "request": self.requests}
             self.measure()
         return True
 
@@ -146,12 +206,12 @@ class Signals(Scenario):
         """In a frame of its own: a loop's own jump may stand outside of its try (3.13)."""
         self.is_armed = True
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        self.site.serve(self.dice)
+        self.dice.choice(self.sites).serve(self.dice)
         self.is_armed = False
 
     def measure(self) -> None:
         start = time.monotonic()
-        self.site.serve(self.dice)
+        self.dice.choice(self.sites).serve(self.dice)
         self.length = 0.9 * self.length + 0.1 * min(0.1, time.monotonic() - start)
 
     def end(self) -> None:
@@ -159,7 +219,8 @@ class Signals(Scenario):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.handler)
         sys.unraisablehook = self.hook
-        self.site.serve(self.dice)  # what the last strike left, is the next request's to clear
+        for site in self.sites:  # what the last strike left, is the thread's next request's to clear
+            site.serve(self.dice)
         self.counts |= {"struck": self.strikes, "request": self.requests}
 
     def check_end(self) -> None:

@@ -92,7 +92,7 @@ class Opener:
 
     @property
     def under_way(self) -> int:
-        """How many connects are under way. Counted anew: an exception may break off what would keep a number."""
+        """How many connects are under way. Counted each time: an exception may break off what would keep a number."""
         return sum(slot.state == CONNECTING for slot in self.handoff.slots)
 
     def fill(self) -> float | None:
