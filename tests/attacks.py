@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import random
 import signal
@@ -171,14 +172,14 @@ class Forks(Scenario):
 
     def fork_master(self) -> None:
         """Fork a process that forks without hooks. Not this one: a child has no thread to hand the interpreter to."""
-        self.expect_well(self.make_child(os.fork, self.be_master), "fork_master")
+        self.expect_well(self.make_child(os.fork, self.be_master, 60), "fork_master")
 
     def expect_well(self, pid: int, how: str) -> None:
         _, status = os.waitpid(pid, 0)
         if status:
             self.problems.append(f"a child of {how}() ended with {status}")
 
-    def make_child(self, fork: Callable[[], int], function: Callable[[set[int]], int]) -> int:
+    def make_child(self, fork: Callable[[], int], function: Callable[[set[int]], int], seconds: int = 20) -> int:
         parents = set(self.pool.backend_pids())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -186,7 +187,8 @@ class Forks(Scenario):
         if pid == 0:
             status = 4
             try:
-                signal.alarm(30)
+                faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)  # one that hangs says where
+                signal.alarm(seconds)
                 status = function(parents)
             finally:
                 os._exit(status)
@@ -207,6 +209,7 @@ class Forks(Scenario):
         status = self.be_child(parents)
         while any(thread.name == "zpgpool-connect" for thread in threading.enumerate()):
             time.sleep(0.001)
+        time.sleep(0.05)  # nor is there a thread that would take it just now
         pids = [self.make_child(ctypes.PyDLL(None).fork, self.be_child) for _ in range(3)]
         statuses = [status, self.be_child(parents), *(os.waitpid(pid, 0)[1] for pid in pids)]
         return 6 if any(statuses) else 0

@@ -15,12 +15,12 @@ from scenario import memory
 from struck import Site
 
 
-#: Of each in a lap, and how many laps there are when this is the only scenario: a million checkouts, 300,000 requests,
-#: 20,000 threads, 100 forks.
+#: Of each in a lap, and how many laps there are over each of two pools when this is the only scenario: a million
+#: checkouts, 300,000 requests, 20,000 threads, 100 forks.
 CHECKOUTS = 10_000
 REQUESTS = 3_000
 THREADS = 200
-LAPS = 100
+LAPS = 50
 
 #: After so many laps everything is as large as it will be.
 WARM = 10

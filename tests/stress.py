@@ -82,5 +82,6 @@ if __name__ == "__main__":
     chosen = [args.scenario] if args.scenario else list(SCENARIOS)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     faulthandler.enable()
-    faulthandler.dump_traceback_later(args.seconds + 240 * args.patience, exit=True)  # a run that hangs says where
+    seconds = max(args.seconds, 3600) if args.scenario == Soak.name() else args.seconds
+    faulthandler.dump_traceback_later(seconds + 240 * args.patience, exit=True)  # a run that hangs says where
     sys.exit(main(chosen, args.seconds, args.seed, args.patience))
