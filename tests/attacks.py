@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import psycopg2
 
+from invariants import MAXCONN
 from proxy import Proxy
-from scenario import MAXCONN
 from scenario import Scenario
 
 

@@ -1,40 +1,26 @@
-"""What the scenarios of `make stress` share: threads that use a pool while it is attacked, and what must hold.
-
-Throughout: no connection has two holders or comes in a transaction, no `getconn()` takes longer than its timeout. In
-the end: nobody waits, all places are free, the server counts the pool's sessions and no transaction, no thread,
-descriptor or memory is left over.
-"""
+"""What the scenarios of `make stress` share: threads that use a pool while it is attacked."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import random
-import resource
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 from typing import ClassVar
 
 import psycopg2
 from psycopg2.extensions import make_dsn
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 import zpgpool
-from waiting import eventually
-from waiting import is_within
+from invariants import Invariants
+from invariants import MAXCONN
+from invariants import memory
+from invariants import TIMEOUT
 from zpgpool.demo.server import EmbeddedServer
 
-
-MAXCONN = 6
-
-#: How long a checkout may take, and how much longer on a machine that has nothing else to do, in seconds.
-TIMEOUT = 2.0
-LATE = 0.5
 
 #: How much the memory may grow in the second half, in KiB.
 GROWTH = 20_000
@@ -42,27 +28,12 @@ GROWTH = 20_000
 #: How often a long run says how it goes, in seconds.
 SAY_EVERY = 30.0
 
-#: The one thread of the package that may stay: it ends with its next round.
-STAYS = "zpgpool-timer"
-
-PAGE = resource.getpagesize()
-
 
 class Shot(Exception):
     """Raised in a thread from outside."""
 
 
-def memory() -> int:
-    """Return what this process has of the memory now, in KiB."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * PAGE // 1024
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-class Scenario:
+class Scenario(Invariants):
     """One attack on one pool. A subclass says what its weapons are.
 
     server -- a server that this process has started, and that the scenario may attack, too.
@@ -90,19 +61,14 @@ class Scenario:
         self.server = server
         self.factory = factory
         self.dice = dice
-        self.patience = patience
-        self.application_name = f"stress-{self.name()}-{factory.__name__}"
+        super().__init__(f"stress-{self.name()}-{factory.__name__}", patience)
         self.dsn = make_dsn(server.dsn, application_name=self.application_name)
         self.is_over = threading.Event()
         self.lock = threading.Lock()
         self.holders: dict[int, int] = {}
         self.targets: set[int] = set()
         self.counts: dict[str, int] = {}
-        self.problems: list[str] = []
-        self.longest = 0.0
         self.memory = 0
-        self.pool: Any = None
-        self.watcher: Any = None
 
     @classmethod
     def name(cls) -> str:
@@ -121,35 +87,7 @@ class Scenario:
         with self.lock:
             self.counts[name] = self.counts.get(name, 0) + number
 
-    def query(self, sql: str, *args: object) -> Any:
-        with self.watcher.cursor() as cursor:
-            cursor.execute(sql, args or None)
-            return cursor.fetchall() if cursor.description else []
-
-    def sessions(self) -> set[int]:
-        """Return the numbers of the backends that the pool has, as the server counts them."""
-        sql = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
-        return {pid for (pid,) in self.query(sql, self.application_name)}
-
-    def transactions(self) -> Any:
-        """Return the transactions of our role on the server, whichever session has them: what it is, and its query."""
-        sql = "SELECT application_name, query FROM pg_stat_activity WHERE usename = current_user AND pid != %s"
-        return self.query(f"{sql} AND xact_start IS NOT NULL", self.watcher.info.backend_pid)
-
     # What the threads do ----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def in_time(self) -> Iterator[None]:
-        """Judge how long a checkout took, whatever came of it."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - start
-            self.longest = max(self.longest, seconds)
-            bound = (TIMEOUT + LATE) * self.patience
-            if seconds > bound and not is_within(seconds, bound):
-                self.problems.append(f"getconn() took {seconds:.1f} s, with a timeout of {TIMEOUT:g} s")
 
     def work(self, dice: random.Random) -> None:
         me = threading.get_ident()
@@ -194,11 +132,6 @@ class Scenario:
         pool.putconn(conn, *key, close=dice.random() < 0.05)
         self.count("checkout")
         return True
-
-    def check_begins(self, conn: Any) -> None:
-        status = conn.info.transaction_status
-        if status != TRANSACTION_STATUS_IDLE and not conn.closed:
-            self.problems.append(f"a connection came with transaction status {status}")
 
     def use(self, conn: Any, dice: random.Random) -> bool:
         """Do something with a connection; False: end with it in the hands."""
@@ -335,96 +268,3 @@ class Scenario:
         with self.lock:
             counts = sorted(self.counts.items())
         return ", ".join(f"{name} {count:,}" for name, count in counts) + f"; longest getconn {self.longest:.2f} s"
-
-    # What must hold in the end ----------------------------------------------------------------------------------------
-
-    def expect(self, condition: Callable[[], Any], problem: Callable[[], str]) -> None:
-        try:
-            eventually(condition, 10 * self.patience)
-        except AssertionError:
-            self.problems.append(problem())
-
-    def check_end(self) -> None:
-        pool = self.pool
-        slots = pool._connections.handoff
-        pool.resize(0, MAXCONN)
-        pool.run_maintenance(time.monotonic())
-        deadline = time.monotonic() + 5
-        while pool.last_connect_error is not None and time.monotonic() < deadline:
-            try:  # the last attack may have hit the server
-                with pool.connection():
-                    pass
-            except psycopg2.Error:
-                time.sleep(0.05)
-        self.check_capacity()
-        self.expect(lambda: not pool.holders(), lambda: f"in use still: {pool.holders()}")
-        self.expect(lambda: not pool.waiters(), lambda: f"somebody still waits: {pool.waiters()}")
-        self.expect(
-            lambda: self.sessions() == set(pool.backend_pids()) and len(self.sessions()) == len(slots),
-            lambda: f"the server counts {self.sessions()}, the pool {pool.backend_pids()}: {pool!r}",
-        )
-        self.check_containers(pool)
-        self.expect(lambda: not self.transactions(), lambda: f"transactions are open: {self.transactions()}")
-        pool.close(1)
-        self.expect(lambda: not self.sessions(), lambda: f"a closed pool leaves {self.sessions()}")
-
-    def check_capacity(self) -> None:
-        """Check all connections out at the same time."""
-        pool, barrier, pids = self.pool, threading.Barrier(MAXCONN), set()
-
-        def hold() -> None:
-            try:
-                with pool.connection(timeout=15 * self.patience) as conn:
-                    barrier.wait(15 * self.patience)
-                    self.check_begins(conn)
-                    pids.add(conn.info.backend_pid)
-                    barrier.wait(15 * self.patience)
-            except Exception as error:
-                barrier.abort()
-                self.problems.append(f"not all can be checked out at the same time: {error!r}")
-
-        threads = [threading.Thread(target=hold) for _ in range(MAXCONN)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if len(pids) != MAXCONN:
-            self.problems.append(f"only {len(pids)} of {MAXCONN} places are left")
-
-    def check_containers(self, pool: Any) -> None:
-        """See that what the pool remembers is of what there is."""
-        pool.run_maintenance(time.monotonic())
-        connections = pool._connections
-        bound = 4 * MAXCONN + 16
-        sizes = {
-            name: len(container)
-            for name, container in {
-                "slots": connections.handoff._refs,
-                "ends of lifetimes": connections._ends,
-                "blocks": pool._blocks,
-                "threads": pool._owners,
-                "in use": getattr(pool, "_used", ()),
-                "keys that are being got": getattr(pool, "_comers", ()),
-                "lost": pool._lost,
-                "tasks": zpgpool.core.owners.tasks,
-            }.items()
-        }
-        self.expect(
-            lambda: not connections.opener.under_way and not connections._leaving(),
-            lambda: f"{connections.opener.under_way} connects, {connections._leaving()} closes have not ended",
-        )
-        if any(size > bound for size in sizes.values()):
-            self.problems.append(f"a pool at rest keeps {sizes}")
-
-    @staticmethod
-    def footprint() -> tuple[set[threading.Thread], int]:
-        return set(threading.enumerate()), descriptors()
-
-    def check_left(self, threads: set[threading.Thread], number: int) -> None:
-        """See that no thread or descriptor is left over."""
-
-        def left() -> list[str]:
-            return [each.name for each in set(threading.enumerate()) - threads if each.name != STAYS]
-
-        self.expect(lambda: not left(), lambda: f"threads are left: {left()}")
-        self.expect(lambda: descriptors() <= number, lambda: f"{number} descriptors have become {descriptors()}")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 from attacks import Forks
-from scenario import descriptors
+from invariants import descriptors
+from invariants import memory
 from scenario import GROWTH
-from scenario import memory
 from struck import Site
 
 
