@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import logging
 import os
 import socket
@@ -759,6 +761,60 @@ class TestWhatAReviewerBroke:
         site(dict(environ), lambda *args: None)
         assert pool.holders() == []
         assert "its end was interrupted" in caplog.text
+
+    def test_a_connection_that_has_another_user_by_now_is_not_reclaimed(self, make_pool: MakePool) -> None:
+        """Its user of before has returned it, and ended, while another thread looked for ended ones."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, idle_timeout=60, timer=None)
+        seen: list[Any] = []
+
+        def use() -> None:
+            conn = pool.getconn("first")
+            seen.extend(pool._users())
+            pool.putconn(conn, "first")
+
+        in_thread(use)
+        conn = pool.getconn("second")
+        pool._users = lambda: seen
+        pool._reap()
+        del pool._users
+        assert run(conn, "SELECT 1") == 1
+        pool.putconn(conn, "second")
+
+    @pytest.mark.parametrize("how", ["application", "timeout", "connect", "500"])
+    def test_an_error_keeps_none_of_the_frames_of_its_traceback(self, make_pool: MakePool, how: str, dsn: str) -> None:
+        """Not even until the next garbage collection: a frame may have a connection, or a slot that was lost."""
+        options = {"dsn": make_dsn(dsn, dbname="nowhere"), "open": False} if how == "connect" else {}
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, **options)
+        kept: list[weakref.ref[Any]] = []
+        conn = pool.getconn() if how in ("timeout", "500") else None
+
+        def use() -> None:
+            gate = threading.Event()
+            kept.append(weakref.ref(gate))
+            if how == "application":
+                raise ZeroDivisionError
+            pool.getconn()
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            if how == "500":
+                with contextlib.suppress(zpgpool.PoolTimeout):
+                    use()
+                start_response("500 Internal Server Error", [])
+                return []
+            use()
+            return []
+
+        site: Any = PoolMiddleware(app, pool)
+        logging.getLogger("zpgpool").disabled = True  # pytest keeps what is logged, with the traceback
+        gc.disable()
+        try:
+            with contextlib.suppress(ZeroDivisionError):
+                site({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *args: None)
+            assert kept[0]() is None
+        finally:
+            gc.enable()
+        if conn is not None:
+            pool.putconn(conn)
 
     def test_a_request_that_was_interrupted_before_it_knew_its_connection(
         self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch

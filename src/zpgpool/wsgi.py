@@ -247,7 +247,10 @@ class PoolMiddleware:
         except Exception as error:
             begins_again = self._may_begin_again(error, original, response, lease)
             if not begins_again:
-                body = self._refuse(error, environ, response, lease)
+                answer = self._refuse(error, environ, response, lease)
+                if answer is None:
+                    raise
+                body = answer
         finally:
             end = lease.pause if goes_on else lease.end
             end()
@@ -296,21 +299,25 @@ class PoolMiddleware:
 
     def _refuse(
         self, error: Exception, environ: WSGIEnvironment, response: HeldResponse, lease: Lease
-    ) -> Iterable[bytes]:
-        """Answer that there is no database, if that is what `error` says; else raise it."""
+    ) -> Iterable[bytes] | None:
+        """Answer that there is no database, if that is what `error` says; else return None.
+
+        The caller raises it: raised in this frame, which refers to it, it would keep the frames of its traceback, and a
+        connection in one of those, until the next garbage collection.
+        """
         cause = database_error(error)
         if cause is None or response.is_sent:
-            raise error
+            return None
         if isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
             lease.fail_over(cause)
-            raise error
+            return None
         pool = lease.pool
         if is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, cause)
             if IPoolManagement.providedBy(pool):
                 pool.drain()
         if not is_unavailable(cause, lease):
-            raise error
+            return None
         log.error("%s: 503 Service Unavailable: %s", lease, cause, exc_info=error)
         return self._answer_unavailable(environ, response)
 

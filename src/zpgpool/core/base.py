@@ -320,7 +320,10 @@ class AbstractConnectionPool(ManagedPool):
             self._connections.note_failure(failure)
             raise
         self._connections.note_failure(error)
-        raise error from self.last_connect_error
+        try:
+            raise error from self.last_connect_error
+        finally:
+            del error  # no cycle with this frame: it would keep all frames of the traceback until a garbage collection
 
     def _timed_out(self, timeout: float, waited: float) -> PoolTimeout:
         what = f"no connection came free within {waited:.1f} s" if timeout else "connection pool exhausted"

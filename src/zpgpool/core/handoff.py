@@ -222,9 +222,12 @@ class Handoff(Generic[S]):
                 self.park(answer, answer)
             raise
         answer = self._withdraw(ticket)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        try:
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+        finally:
+            del answer, ticket  # no cycle with this frame: it would keep the frames of a traceback, and their slots
 
     def serve(self) -> float | None:
         """Give what is parked to the queue, in its order, and have room filled for those that remain; see `fill`."""

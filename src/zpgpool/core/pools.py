@@ -337,9 +337,11 @@ class _KeyedConnectionPool(AbstractConnectionPool):
         return next((owner for owner in (entry.owner, *entry.sharers) if owner.is_alive), entry.owner)
 
     def _remove_user(self, owner: Owner, entry: Entry) -> bool:
-        for key, value in list(self._used.items()):
-            if value is entry:
-                return self._remove(key, entry)
+        with self._connections.lock:
+            for key, value in list(self._used.items()):
+                # It may have been returned, and taken by another thread, since the caller saw it with this owner.
+                if value is entry and self._owner(entry) is owner:
+                    return self._remove(key, entry)
         return False
 
     def _remove(self, key: Hashable, entry: Entry) -> bool:

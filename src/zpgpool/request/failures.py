@@ -26,7 +26,10 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
         close_body(body)
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # no cycle with this frame: it would keep the frames of the traceback
 
 
 def close_body(body: object) -> None:
