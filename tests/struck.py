@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import random
@@ -11,13 +12,18 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import psycopg2
+import transaction
 from pyramid.config import Configurator
 from pyramid.response import Response
 
+import zpgpool
 from scenario import Scenario
+from zpgpool.datamanager import get_connection as get_transactions_connection
 from zpgpool.interfaces import IConnectionPool
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
@@ -47,6 +53,9 @@ class Site:
     def _make_wsgi(self, pool: Any) -> Any:
         return PoolMiddleware(self._app, pool)
 
+    def close(self) -> None:
+        """Undo what was done to this process."""
+
     def serve(self, dice: random.Random) -> None:
         """Serve one request as a server does: what is raised, is raised after the body was closed."""
         environ = {
@@ -54,7 +63,9 @@ class Site:
             "PATH_INFO": "/",
             "SERVER_NAME": "localhost",
             "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1",
             "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(),
             "stress.job": dice.choice(self.JOBS),
             "stress.streams": dice.random() < 0.5,
         }
@@ -140,6 +151,64 @@ class ExplicitPyramidSite(PyramidSite):
     manager = "pyramid_tm.explicit_manager"
 
 
+class ZopeSite(Site):
+    """And with Zope's publisher, which commits the thread's transaction; without a ZODB."""
+
+    def _make_wsgi(self, pool: Any) -> Any:
+        # Not at the top: the tests install Zope, `make stress` does without.
+        from ZPublisher import WSGIPublisher
+
+        zpgpool.register_pool(pool)
+        name = f"stress-{id(self)}"
+        WSGIPublisher._MODULES[name] = (lambda: ZopeRoot(self._page), None, False)
+        publish = partial(WSGIPublisher.publish_module, _module_name=name)
+        return PoolMiddleware(publish, pool)
+
+    def serve(self, dice: random.Random) -> None:
+        from zope.security.management import endInteraction
+
+        endInteraction()  # a strike in Zope's own leaves one, and the thread's next request is refused
+        super().serve(dice)
+
+    def close(self) -> None:
+        zpgpool.unregister_pool()
+
+    def _page(self, request: Any) -> str:
+        job = request.environ["stress.job"]
+        self._begin(get_transactions_connection, job)
+        if job != "commit":
+            transaction.doom()
+        return "done"
+
+    def _end(self, conn: Any, job: str) -> None:
+        if job == "fail":
+            raise ZeroDivisionError
+
+
+class ZopeRoot:
+    """What is published: a root without folders."""
+
+    def __init__(self, page: Callable[[Any], str]) -> None:
+        self._page = page
+        self._p_jar = self.__allow_groups__ = self
+
+    def validate(self, *args: object) -> Any:
+        """Let everybody in, as a user folder does."""
+        from AccessControl.users import nobody
+
+        return nobody
+
+    def setDebugInfo(self, *args: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def index_html(self, REQUEST: Any) -> str:  # noqa: N803
+        """Be published."""
+        return self._page(REQUEST)
+
+
 class Signals(Scenario):
     """A SIGALRM whose handler raises at random moments of requests; others, in other threads, are not struck."""
 
@@ -160,7 +229,8 @@ class Signals(Scenario):
     def make_pool(self) -> Any:
         self.pool = pool = super().make_pool()
         numbers = itertools.count()
-        self.sites = [kind(self, numbers) for kind in (Site, Site, PyramidSite, ExplicitPyramidSite)]
+        kinds = [Site, Site, PyramidSite, ExplicitPyramidSite, *([ZopeSite] if find_spec("ZPublisher") else [])]
+        self.sites = [kind(self, numbers) for kind in kinds]
         return pool
 
     def strike(self, number: int, frame: Any) -> None:
@@ -221,6 +291,7 @@ class Signals(Scenario):
         sys.unraisablehook = self.hook
         for site in self.sites:  # what the last strike left, is the thread's next request's to clear
             site.serve(self.dice)
+            site.close()
         self.counts |= {"struck": self.strikes, "request": self.requests}
 
     def check_end(self) -> None:

@@ -780,6 +780,40 @@ class TestWhatAReviewerBroke:
         assert run(conn, "SELECT 1") == 1
         pool.putconn(conn, "second")
 
+    @both
+    def test_a_slot_that_was_lost_in_a_cycle_is_room_before_a_garbage_collection(
+        self, make_pool: MakePool, factory: Any
+    ) -> None:
+        """Real time: an exception that somebody's code has made part of a cycle keeps it, with its frames."""
+        pool = make_pool(factory, 1, 1, idle_timeout=60, timeout=10, timer=None)
+        gc.disable()
+        try:
+            cycle: list[Any] = [pool._connections.handoff.take()]
+            cycle.append(cycle)
+            del cycle
+            start = time.monotonic()
+            pool.putconn(pool.getconn())
+            assert is_within(time.monotonic() - start, 4.0)
+        finally:
+            gc.enable()
+
+    def test_one_that_a_thread_has_in_its_hands_costs_one_collection(
+        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 1, idle_timeout=60, timer=None)
+        collections: list[None] = []
+        monkeypatch.setattr("gc.collect", lambda: collections.append(None))
+        slot = pool._connections.handoff.take()
+        for now in (100.0, 100.1, 101.0, 102.0, 103.0):
+            pool._collect_astray(now)
+        assert len(collections) == 1
+        slot.since += 1  # another user
+        pool._collect_astray(104.0)
+        assert len(collections) == 1
+        pool._collect_astray(105.0)
+        assert len(collections) == 2
+        pool._connections.handoff.park(slot, slot)
+
     @pytest.mark.parametrize("how", ["application", "timeout", "connect", "500"])
     def test_an_error_keeps_none_of_the_frames_of_its_traceback(self, make_pool: MakePool, how: str, dsn: str) -> None:
         """Not even until the next garbage collection: a frame may have a connection, or a slot that was lost."""

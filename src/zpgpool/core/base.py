@@ -149,6 +149,7 @@ class AbstractConnectionPool(ManagedPool):
         self._blocks: dict[Hashable, weakref.ref[LifeToken]] = {}
         #: What was lost without being returned, until its slot is freed.
         self._lost: deque[Entry] = deque()
+        self._astray, self._collected, self._looked_at = set(), set(), NEVER_YET
         self._apply(self.settings)
         _pools.add(self)
 
@@ -370,6 +371,7 @@ class AbstractConnectionPool(ManagedPool):
     def _tidy(self) -> None:
         """Repair the queue after a thread has ended, or an exception has hit one."""
         self._reap()
+        self._collect_astray(monotonic())
         self._connections.trim(later=True)
 
     def _forget(self) -> None:

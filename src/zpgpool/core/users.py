@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from abc import ABC
@@ -26,6 +27,9 @@ log = logging.getLogger("zpgpool")
 #: How many threads a pool may know before it looks which of them have ended.
 MANY = 64
 
+#: Between two looks for slots without a home, in seconds, at least.
+ASTRAY = 0.5
+
 
 class Users(ABC):
     """A pool's users. The table itself is the subclass's: by thread, or by key."""
@@ -37,6 +41,12 @@ class Users(ABC):
     _blocks: dict[Hashable, weakref.ref[LifeToken]]
     #: What was lost without being returned, until its slot is freed.
     _lost: deque[Entry]
+    _parked: dict[Hashable, Entry]
+    #: The slots without a home at the last look, by their ids and since when they are used; and when that was.
+    _astray: set[tuple[int, float]]
+    _looked_at: float
+    #: Those for which the garbage was collected.
+    _collected: set[tuple[int, float]]
 
     # The table -------------------------------------------------------------------------------------------------------
 
@@ -117,6 +127,25 @@ class Users(ABC):
             self._connections.discard_later(entry, "its user lost it")
         self._connections.handoff.forget_lost()
         self._forget_ended()
+
+    def _collect_astray(self, now: float) -> None:
+        """Have the garbage collected when a slot has had no home for a while: what is lost in a cycle is no room yet.
+
+        An exception that some code has made part of a cycle keeps the frames of its traceback, and a slot in one of
+        them. Once for each slot: it may only be in the hands of a thread that takes its time with it.
+        """
+        if now < self._looked_at + ASTRAY:
+            return
+        at_home = {id(entry) for _, entry in self._users()} | {id(entry) for entry in list(self._parked.values())}
+        slots = self._connections.handoff.slots
+        astray = {(id(slot), getattr(slot, "since", 0.0)) for slot in slots if id(slot) not in at_home}
+        del slots
+        is_news = bool(astray & self._astray - self._collected)
+        self._collected = astray & (self._collected | self._astray)
+        self._looked_at, self._astray = now, astray
+        if is_news:
+            gc.collect()
+            self._connections.handoff.forget_lost()
 
     def _is_over(self, owner: Owner, entry: Entry) -> bool:
         """Whether `entry` can no longer be returned."""
