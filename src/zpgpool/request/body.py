@@ -58,14 +58,12 @@ class Body:
             self._lease.leave(before)
 
     def close(self) -> None:
-        """Close the application's body, once, then end the request, whatever that raised.
-
-        To be repeated where an exception has stopped it: the end is the lease's, which goes on with it.
-        """
+        """Close the application's body, then end the request, whatever that raised; once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
-            if not self._is_closed:
-                self._is_closed = True
-                self._close_body()
+            self._close_body()
         finally:
             self._lease.end()
 
@@ -81,9 +79,12 @@ class Body:
 
     def __del__(self) -> None:
         is_closed = getattr(self, "_is_closed", None)
-        if is_closed is None or (is_closed and self._lease.is_over):
-            return  # an exception came before it was made whole; or all is done
-        if not is_closed and not self._lease.is_over:
+        if is_closed is None:
+            return  # an exception came before it was made whole
+        if is_closed:
+            self._lease.end()  # which an exception may have broken off
+            return
+        if not self._lease.is_over:
             log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease)
         self.close()
 
