@@ -231,14 +231,16 @@ class Signals(Scenario):
         numbers = itertools.count()
         kinds = [Site, Site, PyramidSite, ExplicitPyramidSite, *([ZopeSite] if find_spec("ZPublisher") else [])]
         self.sites = [kind(self, numbers) for kind in kinds]
+        for site in self.sites:
+            site.serve(self.dice)  # the first one imports
         return pool
 
     def strike(self, number: int, frame: Any) -> None:
         if self.is_armed:
             self.is_armed = False
             while frame is not None:
-                # Python's own lock stays taken, where an exception comes between that and its `try`.
-                if frame.f_code.co_filename == logging.__file__:
+                # Python's own locks stay taken, where an exception comes between one and its `try`.
+                if frame.f_code.co_filename.startswith((logging.__file__, "<frozen importlib")):
                     return
                 frame = frame.f_back
             self.strikes += 1
