@@ -363,10 +363,7 @@ class OwnLease(Lease):
 
 
 class KeyedLease(OwnLease):
-    """A lease of a pool with keys: the connection is got by one, so that it is known to be the thread's.
-
-    Without a key it would belong to any code that refers to it, and a thread that dies in a request leaves a reference.
-    """
+    """A lease of a pool with keys: it is the key itself, so that the connection of a thread that dies is known."""
 
     pool: KeyedPool
 
