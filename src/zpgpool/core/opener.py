@@ -31,7 +31,7 @@ from .outage import Diagnosis
 from .outage import is_servers
 from .session import check_two_phase
 from .session import set_up
-from .workers import Gate
+from .workers import Opening
 from .workers import start
 
 
@@ -43,14 +43,6 @@ QUIET = 60.0
 
 #: How many texts of errors are remembered with what they say: a server has a few.
 MANY = 32
-
-
-class Opening:
-    """A connect that is under way."""
-
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
-        self.has_ended = Gate()
 
 
 class Opener:
@@ -135,6 +127,10 @@ class Opener:
             for opening in openings:
                 if opening.error is not None:
                     raise opening.error
+        # The timer may have begun to open the rest.
+        for slot in self.handoff.slots:
+            if slot.state == CONNECTING and slot.opening is not None:
+                slot.opening.has_ended.wait()
 
     def wait_for(self, number: int, until: float) -> bool:
         """Open connections until there are `number`, and try again until then; return whether there are.
@@ -155,7 +151,7 @@ class Opener:
         return True
 
     def _begin(self, entry: Entry) -> Opening:
-        opening = Opening()
+        opening = entry.opening = Opening()
         run = partial(self._run, entry, opening)
         if not self._in_background or not start(run, "zpgpool-connect"):
             run()

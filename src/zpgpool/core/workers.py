@@ -68,6 +68,14 @@ class Gate:
         return True
 
 
+class Opening:
+    """A connect that is under way."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.has_ended = Gate()
+
+
 class Workers:
     """At most `most` threads of the process, which do what they are given, in order."""
 
