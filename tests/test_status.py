@@ -553,8 +553,8 @@ class TestAccess:
     def test_nothing_comes_from_elsewhere(self, app: StatusApp) -> None:
         elements = Reader(ask(app, SCRIPT_NAME="/a b\xff").text).elements
         links = [attrs.get("href") or attrs.get("src") for _, attrs in elements if "href" in attrs or "src" in attrs]
-        assert links
-        assert all(link and link.startswith("/a%20b%FF/") for link in links)
+        assert {link for link in links if link and not link.startswith("/a%20b%FF/")} == {"/"}  # back to the site
+        assert len(links) > 3
         assert not [attrs for tag, attrs in elements if "style" in attrs or tag == "style"]
         assert not [name for _, attrs in elements for name in attrs if name.startswith("on")]
         assert [attrs["src"] for tag, attrs in elements if tag == "script"] == ["/a%20b%FF/status.js"]
