@@ -529,6 +529,16 @@ def lose(conn: Any) -> None:
     run(conn, "SELECT pg_terminate_backend(pg_backend_pid())")
 
 
+class NotNoticed(psycopg2.OperationalError):
+    """A connection was lost, and `closed` is 0: seen once of a crash under load, and not to be had for the asking."""
+
+    def __init__(self, cursor: Any) -> None:
+        super().__init__("server closed the connection unexpectedly")
+        self._cursor = cursor
+
+    cursor = property(lambda self: self._cursor)  # type: ignore[assignment]  # psycopg2 sets it in C
+
+
 def make_pages(name: str) -> Any:
     """Pages that lose their connection the first time, each in its way."""
     calls: Counter[str] = Counter()
@@ -563,6 +573,8 @@ def make_pages(name: str) -> Any:
         elif path == "/block" and is_first:
             with zpgpool.get_pool(name).connection() as conn:
                 lose(conn)
+        elif path == "/not noticed" and is_first:
+            raise NotNoticed(get_connection(environ, name).cursor())
         elif path == "/page of its own" or path == "/not lost":
             start_response("500 Internal Server Error", [])
             return [b"its own"]
@@ -579,7 +591,7 @@ class TestBeginAgain:
     def site(self, make_site: Any, request: pytest.FixtureRequest) -> Any:
         return TestApp(make_site(make_pages, pool=request.param))
 
-    @pytest.mark.parametrize("path", ["/", "/stream", "/page", "/wrapped", "/block"])
+    @pytest.mark.parametrize("path", ["/", "/stream", "/page", "/wrapped", "/block", "/not noticed"])
     def test_before_anything_was_sent(self, site: Any, path: str) -> None:
         assert site.get(path).text == "done"
         assert site.app.app.calls[path] == 2

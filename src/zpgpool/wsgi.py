@@ -15,7 +15,6 @@ from time import monotonic
 from typing import cast
 from typing import TYPE_CHECKING
 
-from webob import Response
 from zope.interface.registry import Components
 
 from .core import lag_of
@@ -38,6 +37,7 @@ from .request import Headers
 from .request import HeldResponse
 from .request import is_complete
 from .request import is_demotion
+from .request import is_lost
 from .request import is_repeatable
 from .request import is_safe
 from .request import is_unavailable
@@ -45,6 +45,7 @@ from .request import Lease
 from .request import lease_class
 from .request import lease_keys
 from .request import local
+from .request import make_unavailable
 from .request import ReplicaLease
 from .request import reveal
 from .request import ThreadLease
@@ -292,7 +293,7 @@ class PoolMiddleware:
         if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
             lease.fail_over(cause)
             return True
-        if not (self.retry_safe and lease.has_lost_connection):
+        if not (self.retry_safe and (lease.has_lost_connection or is_lost(cause, lease))):
             return False
         log.warning("%s has lost its connection, and begins again: %s", lease, one_line(cause or error))
         return True
@@ -325,14 +326,7 @@ class PoolMiddleware:
         response.forget()
         if self.unavailable is not None:
             return self.unavailable(environ, response)
-        answer = Response(
-            "The database is not available just now. Please try again in a moment.\n",
-            status=503,
-            content_type="text/plain",
-            charset="utf-8",
-            retry_after=self.retry_after,
-            cache_control="no-store",
-        )
+        answer = make_unavailable(self.retry_after)
         response(answer.status, answer.headerlist)
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 

@@ -9,6 +9,7 @@ from .lag import Lag
 from .lag import lag_of
 from .lag import NOT_YET
 from .lag import watch
+from .outage import is_temporary
 from .owners import current_work
 from .owners import refuse_greenlets
 from .owners import task
@@ -40,6 +41,7 @@ __all__ = [
     "Work",
     "commit",
     "current_work",
+    "is_temporary",
     "lag_of",
     "may_succeed",
     "query",

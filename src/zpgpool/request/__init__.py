@@ -8,7 +8,9 @@ from .body import is_complete
 from .disconnects import Disconnects
 from .failures import close_body
 from .failures import is_demotion
+from .failures import is_lost
 from .failures import is_unavailable
+from .failures import make_unavailable
 from .failures import reveal
 from .lease import current_lease
 from .lease import Lease
@@ -43,12 +45,14 @@ __all__ = [
     "fail_over",
     "is_complete",
     "is_demotion",
+    "is_lost",
     "is_repeatable",
     "is_safe",
     "is_unavailable",
     "lease_class",
     "lease_keys",
     "local",
+    "make_unavailable",
     "may_succeed_on_primary",
     "reveal",
     "with_write_cookie",

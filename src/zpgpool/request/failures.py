@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import psycopg2
 from psycopg2 import errorcodes
+from webob import Response
 
+from ..core import is_temporary
 from ..errors import PoolTimeout
 from ..errors import TooManyRequests
 from .lease import Lease
@@ -30,6 +32,27 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
             raise failure
         finally:
             del failure  # no cycle with this frame: it would keep the frames of the traceback
+
+
+def is_lost(error: psycopg2.Error | None, lease: Lease) -> bool:
+    """Whether `error` says that the request's connection was lost, although psycopg2 has not noticed.
+
+    Of a write that failed libpq tells before it has read the end (seen under load, when a crashed backend had all
+    sessions ended): a plain error, and `closed` is 0.
+    """
+    return error is not None and is_temporary(error) and lease.had(error) and not lease.was_ended
+
+
+def make_unavailable(retry_after: int) -> Response:
+    """Return the 503, which says when to ask again, in seconds."""
+    return Response(
+        "The database is not available just now. Please try again in a moment.\n",
+        status=503,
+        content_type="text/plain",
+        charset="utf-8",
+        retry_after=retry_after,
+        cache_control="no-store",
+    )
 
 
 def close_body(body: object) -> None:
