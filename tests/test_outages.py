@@ -536,7 +536,7 @@ class NotNoticed(psycopg2.OperationalError):
         super().__init__("server closed the connection unexpectedly")
         self._cursor = cursor
 
-    cursor = property(lambda self: self._cursor)  # type: ignore[assignment]  # psycopg2 sets it in C
+    cursor = property(lambda self: self._cursor)  # psycopg2 sets it in C
 
 
 def make_pages(name: str) -> Any:

@@ -377,7 +377,7 @@ class KeyedLease(OwnLease):
     def _give_back(self) -> None:
         if self._conn is not None:
             self.pool.putconn(self._conn, self, bool(self.environ.get("wsgi.run_once")))
-            self._hand_over()
+            self._conn, self._has_asked = None, False
         elif self._has_asked:
             with suppress(PoolError):  # it gave none
                 self.pool.putconn(key=self)
