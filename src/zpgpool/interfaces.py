@@ -194,7 +194,8 @@ class IPoolManagement(Interface):
     def detach(conn: Connection) -> None:
         """Take a connection that is in use out of the pool, for good: there is room for another one.
 
-        `conn` stays open, as it is, and belongs to the caller, who closes it. From any thread. Raises `PoolError` for a
+        `conn` stays open, as it is, and belongs to the caller, who closes it. From any thread; in a persistent pool
+        from the one that has it. Not for the connection that the middleware gives a request. Raises `PoolError` for a
         connection that is not in use here, or that a checkout has: a transaction's, for one.
         """
 

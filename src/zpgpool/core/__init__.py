@@ -20,6 +20,7 @@ from .pools import SimpleConnectionPool
 from .pools import ThreadedConnectionPool
 from .probe import NoAnswer
 from .probe import query
+from .session import is_at_end
 from .session import PLAIN
 from .timer import MaintenanceTimer
 from .timer import timer
@@ -41,6 +42,7 @@ __all__ = [
     "Work",
     "commit",
     "current_work",
+    "is_at_end",
     "is_temporary",
     "lag_of",
     "may_succeed",

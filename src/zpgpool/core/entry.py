@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
-from typing import TYPE_CHECKING
 
 import psycopg2
 from psycopg2.extensions import connection as Connection
@@ -35,10 +34,6 @@ from .session import restore
 from .session import roll_back
 from .session import session_of
 from .session import untouch
-
-
-if TYPE_CHECKING:
-    from .workers import Opening
 
 
 #: How many times a readable socket is emptied before its connection is given up. One read takes what a server sends
@@ -95,11 +90,11 @@ class Entry(Slot):
         "conn",
         "ended",
         "expires",
+        "is_leaving",
         "is_new",
         "is_standby",
         "look",
         "look_at",
-        "opening",
         "owner",
         "patience",
         "pid",
@@ -130,10 +125,10 @@ class Entry(Slot):
     checkout: weakref.ref[LifeToken] | None
     #: The ticket for which it was opened, which gets the error if that fails.
     waiter: Ticket[Entry] | None
-    #: The connect that opens it.
-    opening: Opening | None
     #: Whether it has had no user yet.
     is_new: bool
+    #: Whether another thread closes it: it counts as a slot still, but will not stay.
+    is_leaving: bool
     #: When it last changed hands, and when its lifetime ends (monotonic seconds).
     since: float
     expires: float
@@ -155,7 +150,8 @@ class Entry(Slot):
         super().__init__()
         self.reported = self.ended = NEVER_YET
         self.sharers = ()
-        self.waiter = self.checkout = self.opening = None
+        self.waiter = self.checkout = None
+        self.is_leaving = False
 
     @property
     def has_checkout(self) -> bool:

@@ -274,15 +274,15 @@ class IdleConnections:
 
     def discard_later(self, entry: Entry, reason: str) -> None:
         """Do as `discard`, in another thread: the server may be silent, and the caller has no time for that."""
-        entry.state = CLOSING
+        entry.state, entry.is_leaving = CLOSING, True
         if self._in_background:
             closers.run(partial(self.discard, entry, reason))
         else:
             self.discard(entry, reason)
 
     def _leaving(self) -> int:
-        """Return how many are being closed: they count as slots still, but they will not stay."""
-        return sum(slot.state == CLOSING for slot in self.handoff.slots)
+        """Return how many are being closed by other threads."""
+        return sum(slot.is_leaving for slot in self.handoff.slots)
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 

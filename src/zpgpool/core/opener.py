@@ -127,10 +127,6 @@ class Opener:
             for opening in openings:
                 if opening.error is not None:
                     raise opening.error
-        # The timer may have begun to open the rest.
-        for slot in self.handoff.slots:
-            if slot.state == CONNECTING and slot.opening is not None:
-                slot.opening.has_ended.wait()
 
     def wait_for(self, number: int, until: float) -> bool:
         """Open connections until there are `number`, and try again until then; return whether there are.
@@ -151,7 +147,7 @@ class Opener:
         return True
 
     def _begin(self, entry: Entry) -> Opening:
-        opening = entry.opening = Opening()
+        opening = Opening()
         run = partial(self._run, entry, opening)
         if not self._in_background or not start(run, "zpgpool-connect"):
             run()

@@ -126,6 +126,15 @@ class PersistentConnectionPool(AbstractConnectionPool):
             self._give_back(home, entry, close)
         self._owners.discard(user)
 
+    def detach(self, conn: Connection) -> None:
+        """See `IPoolManagement`. From the thread that has it: that takes no lock to return it."""
+        owner = self.here.owner
+        entry = owner.entry
+        if entry is None or entry.conn is not conn or entry.has_checkout:
+            self._refuse("this thread does not hold that connection, or a checkout has it")
+        owner.entry = None
+        self._connections.detach(entry)
+
     def owner(self) -> ThreadOwner:
         """See `IPersistentConnectionPool`."""
         return self.here.owner
@@ -212,17 +221,16 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def _getconn_by_key(self, key: Hashable, owner: ThreadOwner, timeout: float | None) -> Connection:
         start = monotonic()
         seconds = self.settings.timeout if timeout is None else convert("timeout", timeout)
-        # Most often the thread's own connection rests here, and nobody else asks with this key: as in `getconn`.
         entry = None if key in self._used else self._parked.pop(owner, None)
-        if entry is not None:
+        if entry is not None:  # most often, and nobody else asks with this key: as in `getconn`
             is_old = start > entry.look_at
             if is_old and (
                 start >= entry.expires or start - entry.since > self._rest or entry.look(0) or getpid() != self._pid
             ):
-                entry = self._obtain(entry, seconds, start)
+                self._connections.handoff.park(owner, entry)  # to be judged below: that may take its time
             else:
                 entry.since, entry.look_at = start, start + MOMENT if is_old else entry.look_at
-            return self._enter(key, owner, entry)
+                return self._enter(key, owner, entry)
         until = start + min(seconds or PING, TIMEOUT_MAX)
         mine = Gate()
         while (conn := self._conn_of(key, owner)) is None:
@@ -239,7 +247,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             mine.open()
 
     def _enter(self, key: Hashable, owner: ThreadOwner, entry: Entry) -> Connection:
-        """Note that `key` has `entry`; return what it has, which another thread may have entered first."""
+        """Let `key` have `entry`; return what it has, which another thread may have entered first."""
         entry.owner, entry.sharers = owner, ()
         owner.uses += 1
         winner = self._used.setdefault(key, entry)
@@ -347,10 +355,10 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def _remove(self, key: Hashable, entry: Entry) -> bool:
         """Take `entry` out of the table, if `key` still has it; another one that has come there stays."""
         with self._connections.lock:
-            if self._used.get(key) is not entry:
-                return False
-            del self._used[key]
-            return True
+            found = self._used.pop(key, None)  # in one step: `putconn` takes without the lock
+            if found is not None and found is not entry:
+                self._used.setdefault(key, found)
+            return found is entry
 
     def _forget_users(self) -> None:
         self._used.clear()

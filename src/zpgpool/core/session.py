@@ -121,6 +121,18 @@ def is_watched(conn: Connection) -> bool:
     return isinstance(conn, Watched)
 
 
+def is_at_end(conn: Connection) -> bool:
+    """Whether the server has hung up on a connection that is open here. Reads what waits there, and does not wait."""
+    try:
+        for _ in range(2):  # the first read after the server's end may still succeed
+            if conn.closed:
+                return False
+            conn.poll()
+    except psycopg2.Error:
+        return True
+    return False
+
+
 class Messages(list[object]):
     """Messages of the server for a connection's user: the first one marks the session as changed.
 

@@ -143,7 +143,7 @@ def verdict(pool: Json) -> tuple[str, str]:
     if pool["last_connect_error"]:
         return "bad", f"The last connect failed: {pool['last_connect_error']}"
     if waiting:
-        longest = seconds(max(waiter["seconds"] for waiter in pool["waiters"]))
+        longest = seconds(max((waiter["seconds"] for waiter in pool["waiters"]), default=0.0))
         who = f"{waiting} requests wait, the longest" if waiting > 1 else "1 request waits,"
         return "bad", f"{used} of {most} connections in use; {who} for {longest}."
     if pool["lag"] and pool["lag"]["trouble"]:

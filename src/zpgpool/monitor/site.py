@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -60,6 +59,9 @@ POOL = {
 
 DOCUMENT = {"id": str, "process": int, "host": str, "zpgpool": str, "is_bare": bool, "pools": [POOL]}
 
+#: No number of ours is as large: more than that, infinity and what is no number cannot be shown.
+LARGEST = 1e18
+
 LAG = {"seconds": MAYBE, "ago": MAYBE, "trouble": str}
 
 
@@ -72,7 +74,7 @@ def fits(value: Any, form: Any) -> bool:
     types = form if isinstance(form, tuple) else (form,)
     if isinstance(value, bool) and bool not in types:
         return False
-    return isinstance(value, form) and not (isinstance(value, float) and not math.isfinite(value))
+    return isinstance(value, form) and not (isinstance(value, int | float) and not abs(value) < LARGEST)
 
 
 def is_document(value: Any) -> bool:

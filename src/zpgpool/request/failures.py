@@ -8,6 +8,7 @@ import psycopg2
 from psycopg2 import errorcodes
 from webob import Response
 
+from ..core import is_at_end
 from ..core import is_temporary
 from ..errors import PoolTimeout
 from ..errors import TooManyRequests
@@ -35,12 +36,17 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
 
 
 def is_lost(error: psycopg2.Error | None, lease: Lease) -> bool:
-    """Whether `error` says that the request's connection was lost, although psycopg2 has not noticed.
+    """Whether `error` says that the request's connection was lost, although psycopg2 has not noticed; then close it.
 
     Of a write that failed libpq tells before it has read the end (seen under load, when a crashed backend had all
-    sessions ended): a plain error, and `closed` is 0.
+    sessions ended): an error without a code, and `closed` is 0. The pool would take the connection for a clean one.
     """
-    return error is not None and is_temporary(error) and lease.had(error) and not lease.was_ended
+    if error is None or error.pgcode is not None or lease.was_ended or not is_temporary(error):
+        return False
+    lost = [conn for conn in lease.connections() if is_at_end(conn)]
+    for conn in lost:
+        conn.close()
+    return bool(lost)
 
 
 def make_unavailable(retry_after: int) -> Response:
