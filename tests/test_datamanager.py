@@ -292,6 +292,138 @@ class TestWhatCannotBeCommitted:
         assert is_at_rest(pool)
 
 
+class TestAfterAnError:
+    """What a site's error page does, which is rendered before the abort: it asks for the connection, and reads."""
+
+    def fail(self) -> Any:
+        conn = insert(1)
+        with pytest.raises(psycopg2.ProgrammingError):
+            run(conn, "SELECT nonsense")
+        return conn
+
+    def check_that_nothing_commits(self, pool: Any, table: Table, error: type[Exception]) -> None:
+        other = Other()
+        transaction.get().join(other)
+        with pytest.raises(error):
+            transaction.commit()
+        assert "tpc_finish" not in other.calls
+        transaction.abort()
+        assert (table.rows, table.prepared) == ([], 0)
+        assert is_at_rest(pool)
+
+    def test_of_a_statement(self, pool: Any, table: Table) -> None:
+        conn = self.fail()
+        assert connection() is conn
+        assert run(conn, "SELECT count(*) FROM dm") == 0
+        insert(2)
+        self.check_that_nothing_commits(pool, table, InFailedSqlTransaction)
+
+    def test_again(self, pool: Any, table: Table) -> None:
+        self.fail()
+        self.fail()
+        insert(2)
+        self.check_that_nothing_commits(pool, table, InFailedSqlTransaction)
+
+    @pytest.mark.parametrize("notices", [True, False])
+    def test_of_a_connection_that_was_lost(
+        self, pool: Any, table: Table, outside: Outside, caplog: pytest.LogCaptureFixture, notices: bool
+    ) -> None:
+        conn = self.fail()
+        outside.terminate(conn.info.backend_pid)
+        if notices:
+            with pytest.raises(psycopg2.Error):
+                run(conn, "SELECT 1")
+        assert connection() is not conn
+        assert run(connection(), "SELECT count(*) FROM dm") == 0
+        self.check_that_nothing_commits(pool, table, psycopg2.Error)
+
+    def test_a_lost_connection_is_run_again(self, pool: Any, outside: Outside) -> None:
+        """Though the loss was swallowed: the commit says so."""
+        outside.terminate(insert(1).info.backend_pid)
+        with pytest.raises(TransientError):
+            insert(2)
+        insert(3)
+        with pytest.raises(TransientError):
+            transaction.commit()
+        transaction.abort()
+
+    def test_none_is_to_be_had(self, pool: Any, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+        insert(1).close()
+        with monkeypatch.context() as patched:
+            patched.setattr(pool, "checkout", self.refuse)
+            with pytest.raises(zpgpool.PoolTimeout):
+                connection()
+        assert run(connection(), "SELECT count(*) FROM dm") == 0
+        self.check_that_nothing_commits(pool, table, psycopg2.InterfaceError)
+
+    def test_none_is_to_be_had_until_the_end(self, pool: Any, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+        insert(1).close()
+        monkeypatch.setattr(pool, "checkout", self.refuse)
+        with pytest.raises(zpgpool.PoolTimeout):
+            connection()
+        self.check_that_nothing_commits(pool, table, psycopg2.InterfaceError)
+
+    def refuse(self) -> None:
+        raise zpgpool.PoolTimeout("none is to be had")
+
+    def test_of_the_commit(self, pool: Any, table: Table) -> None:
+        insert(1)
+        transaction.get().join(Other("a", "tpc_vote"))
+        with pytest.raises(RuntimeError):
+            transaction.commit()
+        assert run(connection(), "SELECT count(*) FROM dm") == 0
+        insert(2)
+        with pytest.raises(psycopg2.ProgrammingError):
+            run(connection(), "SELECT nonsense")
+        insert(3)
+        with pytest.raises(TransactionFailedError):
+            transaction.commit()
+        transaction.abort()
+        assert table.rows == []
+        assert is_at_rest(pool)
+
+    def test_the_savepoints_stay(self, pool: Any, table: Table) -> None:
+        """A savepoint undoes the failure, if it is older than that."""
+        insert(1)
+        first = transaction.savepoint()
+        insert(2)
+        second = transaction.savepoint()
+        self.fail_on(2)
+        assert run(connection(), "SELECT count(*) FROM dm") == 2
+        later = transaction.savepoint()
+        later.rollback()
+        second.rollback()
+        insert(3)
+        first.rollback()
+        insert(4)
+        transaction.commit()
+        assert table.rows == [1, 4]
+        assert is_at_rest(pool)
+
+    def test_a_later_savepoint_does_not_undo_it(self, pool: Any, table: Table) -> None:
+        self.fail()
+        connection()
+        savepoint = transaction.savepoint()
+        insert(2)
+        savepoint.rollback()
+        self.check_that_nothing_commits(pool, table, InFailedSqlTransaction)
+
+    def test_a_savepoint_from_before_it_joined(self, pool: Any, table: Table) -> None:
+        savepoint = transaction.savepoint()
+        self.fail()
+        connection()
+        savepoint.rollback()
+        insert(2)
+        transaction.commit()
+        assert table.rows == [2]
+        assert is_at_rest(pool)
+
+    def fail_on(self, rows: int) -> None:
+        assert run(connection(), "SELECT count(*) FROM dm") == rows
+        with pytest.raises(psycopg2.ProgrammingError):
+            run(connection(), "SELECT nonsense")
+
+
 class TestRetry:
     def conflict(self, pool: Any) -> Any:
         """Return a function whose first run meets a serialization failure."""
@@ -515,10 +647,11 @@ class TestJoining:
         transaction.get().join(Other("a", "tpc_vote"))
         with pytest.raises(RuntimeError):
             transaction.commit()
+        insert(2)  # for the page that tells of it
         with pytest.raises(TransactionFailedError):
-            connection()
-        assert is_at_rest(pool)
+            transaction.commit()
         transaction.abort()
+        assert is_at_rest(pool)
         insert(1)
         transaction.commit()
         assert table.rows == [1]
@@ -779,10 +912,10 @@ class TestInRequests:
             transaction.get().join(Other("a", "tpc_vote"))
             with pytest.raises(RuntimeError):
                 transaction.commit()
-            with pytest.raises(TransactionFailedError):
-                connection()
+            insert(1)
             run(get_connection(environ), "SELECT 1")
             transaction.abort()
+            assert run(get_connection(environ), "SELECT count(*) FROM dm") == 0
 
         self.call(pool, app)
         assert is_at_rest(pool)

@@ -36,6 +36,7 @@ ORDER = {
             "status",
             "paste",
             "zcml",
+            "publisher",
             "pyramid",
             "flask",
             "sqlalchemy",

@@ -41,8 +41,10 @@ from conftest import run
 from outages import Load
 from proxy import Proxy
 from serving import waitress
-from test_zope import Instance
+from test_zope import CONFIGURE
+from test_zope import OVERRIDES
 from test_zope import SCRIPT
+from zope_instance import Instance
 from zpgpool.core.outage import diagnose
 from zpgpool.core.outage import Diagnosis
 from zpgpool.core.outage import is_temporary
@@ -227,9 +229,8 @@ def test_a_zope_site_loses_nothing(server: EmbeddedServer, tmp_path: Path, fault
     with closing(psycopg2.connect(server.dsn)) as conn, conn.cursor() as cursor:
         cursor.execute(books.SCHEMA)
         conn.commit()
-    zope = Instance(tmp_path / "zope", server.dsn)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    zope.run("zconsole", "run", str(tmp_path / "zope" / "etc" / "zope.conf"), str(tmp_path / "script.py"))
+    zope = Instance(tmp_path / "zope", server.dsn, CONFIGURE, OVERRIDES)
+    zope.run_script(SCRIPT)
     zope.start()
     try:
         with Load(zope.port, "/outage") as load:

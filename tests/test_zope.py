@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from benchmarks.harness import free_port
 
 import books
 from books import check_books
@@ -23,21 +15,12 @@ from books import STREAMED
 from conftest import Call
 from conftest import eventually
 from conftest import Outside
+from zope_instance import Instance
 
 
 MAXCONN = 6
 
 PAGES = [*(job for job in books.JOBS if job != "abandon"), "conflict", "conflict-late", "method"]
-
-FILTER = """[filter:pgpool]
-use = egg:zpgpool
-
-[pipeline:main]"""
-
-META = """<configure xmlns="http://namespaces.zope.org/zope">
-  <include package="zpgpool" file="meta.zcml" />
-</configure>
-"""
 
 #: The pool, and the pages that use it.
 CONFIGURE = f"""<configure
@@ -90,79 +73,6 @@ print("maxconn:", pool.maxconn, "holders:", pool.holders())
 """
 
 
-class Instance:
-    """A Zope instance, and its process."""
-
-    def __init__(self, path: Path, dsn: str) -> None:
-        self.path = path
-        self.port = free_port()
-        search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        self._environ = os.environ | {"BOOKS_DSN": dsn, "PYTHONPATH": search}
-        self.run("mkwsgiinstance", "-d", str(path), "-u", "admin:admin")
-        self._edit("zope.ini", "[pipeline:main]", FILTER)
-        self._edit("zope.ini", "\n    zope\n", "\n    pgpool\n    zope\n")
-        self._edit("zope.ini", "port = 8080", f"port = {self.port}\nthreads = 8")
-        includes = path / "etc" / "package-includes"
-        includes.mkdir()
-        (includes / "zpgpool-meta.zcml").write_text(META)
-        (includes / "books-configure.zcml").write_text(CONFIGURE)
-        (includes / "books-overrides.zcml").write_text(OVERRIDES)
-
-    def _edit(self, name: str, old: str, new: str) -> None:
-        path = self.path / "etc" / name
-        text = path.read_text()
-        assert text.count(old) == 1
-        path.write_text(text.replace(old, new))
-
-    def _command(self, name: str, *args: str) -> list[str]:
-        return [sys.executable, str(Path(sys.executable).parent / name), *args]
-
-    def run(self, name: str, *args: str) -> str:
-        """Run one of Zope's commands, and return what it prints."""
-        result = subprocess.run(self._command(name, *args), env=self._environ, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command("runwsgi", str(self.path / "etc" / "zope.ini")),
-            env=self._environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        eventually(self._is_up, 60)
-
-    def _is_up(self) -> bool:
-        assert self._process.poll() is None, self.log()
-        try:
-            return get(self.port, "/books")[0] == 200
-        except OSError:
-            return False
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(20)
-        finally:
-            self._process.kill()
-
-    def log(self) -> str:
-        """Return Zope's event log."""
-        path = self.path / "var" / "log" / "event.log"
-        return path.read_text() if path.exists() else ""
-
-    def books(self) -> Any:
-        """Return what the page of that name tells."""
-        status, body = get(self.port, "/books")
-        assert status == 200
-        return json.loads(body)
-
-    def objects(self) -> list[str]:
-        """Return the keys in the ZODB."""
-        objects: list[str] = self.books()["objects"]
-        return objects
-
-
 @pytest.fixture(scope="module")
 def dsn(server_dsn: str) -> Iterator[str]:
     with books.database(server_dsn, "zpgpool_zope") as dsn:
@@ -178,15 +88,13 @@ def outside(dsn: str) -> Iterator[Outside]:
 
 @pytest.fixture(scope="module")
 def instance(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Instance:
-    return Instance(tmp_path_factory.mktemp("zope") / "instance", dsn)
+    return Instance(tmp_path_factory.mktemp("zope") / "instance", dsn, CONFIGURE, OVERRIDES)
 
 
 @pytest.fixture(scope="module")
 def console(instance: Instance, outside: Outside) -> str:
     """What `zconsole run` prints."""
-    script = instance.path / "script.py"
-    script.write_text(SCRIPT)
-    return instance.run("zconsole", "run", str(instance.path / "etc" / "zope.conf"), str(script))
+    return instance.run_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,12 @@ def get_connection(
     Inside a request it is the connection of the request (see `zpgpool.wsgi.get_connection`). `commit()` and
     `rollback()` are the transaction's.
 
+    In a transaction that has failed, by a statement, by its commit, or with its connection, it is one that works, for
+    the page that tells of the error. What is done with it is not committed: the commit raises what had failed.
+
     Raises ComponentLookupError when no such pool is registered, `transaction.interfaces.NoTransaction` when an
-    explicit manager has not begun one, `transaction.interfaces.TransactionFailedError` when the transaction has failed
-    already, PoolError when the connection cannot take part in it, and what `IConnectionPool.getconn` raises.
+    explicit manager has not begun one, PoolError when the connection cannot take part in it, and what
+    `IConnectionPool.getconn` raises.
     """
     pool: Pool = get_pool(name, registry)
     if (lease := current_lease(pool)) is not None:

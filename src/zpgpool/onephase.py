@@ -13,13 +13,16 @@ from psycopg2.errors import InFailedSqlTransaction
 from psycopg2.extensions import cursor
 from psycopg2.extensions import STATUS_READY
 from psycopg2.extensions import TRANSACTION_STATUS_INERROR
+from psycopg2.extensions import TRANSACTION_STATUS_UNKNOWN
 from transaction.interfaces import IDataManagerSavepoint
 from transaction.interfaces import ISavepointDataManager
+from transaction.interfaces import TransactionFailedError
 from zope.interface import implementer
 
 from .core import commit
 from .errors import PoolError
 from .request import current_lease
+from .request import join_body
 from .request import SharedCheckout
 from .transient import default_factory
 from .transient import is_retryable
@@ -39,6 +42,9 @@ log = logging.getLogger("zpgpool")
 
 _numbers = count(1)
 
+#: psycopg2's own words, by which `transient` knows a transaction that may be run again.
+LOST = "connection already closed"
+
 
 def resources_of(txn: object) -> list[object]:
     """Return what has joined a transaction. Private to `transaction`, which has no other way to tell."""
@@ -55,6 +61,8 @@ class Phase(Enum):
 
     OUTSIDE = "outside"
     JOINED = "joined"
+    #: The transaction has failed, and nothing can join it: what is done until its abort is rolled back then.
+    LENT = "lent"
     #: In one phase: the connection has committed. In two: its transaction is prepared.
     VOTED = "voted"
 
@@ -64,6 +72,10 @@ class DataManager:
     """One connection in one transaction, committed in one phase. Every method may be called at any time, by any thread.
 
     It commits in `tpc_vote`, and votes last: what fails there still aborts the others.
+
+    After an error the page that tells of it may need the database, too (Zope renders it before the abort). So the
+    connection of a failed transaction is made usable for the next one that asks for it. Nothing of it is committed: the
+    vote raises.
     """
 
     #: The votes are asked for, and commits done, in the order of `sortKey`. One-phase comes last: what is committed
@@ -78,6 +90,10 @@ class DataManager:
         self._shared: SharedCheckout | None = None
         self._factory: Any = None
         self._txn: Transaction | None = None
+        #: What the vote raises: the transaction has failed, and went on.
+        self.failure: psycopg2.Error | None = None
+        #: The names of those that the server has, the last one last.
+        self.savepoints: list[str] = []
         self._sort_key = f"{self.ORDER}zpgpool:{pool.name}:{next(_numbers):012d}"
 
     def __repr__(self) -> str:
@@ -90,7 +106,7 @@ class DataManager:
     @property
     def is_joined(self) -> bool:
         """Whether the transaction goes on with the connection."""
-        return self.phase is not Phase.OUTSIDE
+        return self.phase in (Phase.JOINED, Phase.VOTED)
 
     @property
     def conn(self) -> Connection | None:
@@ -98,14 +114,21 @@ class DataManager:
         return None if self._shared is None else self._shared.conn
 
     def join(self, txn: Transaction) -> Connection:
-        """Return the connection, which is part of `txn` from now on."""
+        """Return the connection, which is part of `txn` from now on; unless that has failed, and will be aborted."""
+        if self.phase in (Phase.JOINED, Phase.LENT):
+            return self._usable()
         if self._shared is not None and self.is_joined:
             return self._shared.conn
         is_first = self._shared is None
         shared = self._shared = self._take() if self._shared is None else self._shared
         try:
             self._check_can_join(shared.conn)
-            txn.join(self)
+            try:
+                txn.join(self)
+            except TransactionFailedError:
+                self.phase, self._txn = Phase.LENT, txn
+                txn.addAfterAbortHook(self._release_unjoined)
+                return shared.conn
             self.phase, self._txn = Phase.JOINED, txn
             self._begin(txn, shared.conn)
         except BaseException:
@@ -121,6 +144,7 @@ class DataManager:
             if shared is None:
                 shared = SharedCheckout(self.pool.checkout())
                 shared.add(self)
+                join_body(self)
         except psycopg2.Error as error:
             note(error)
             raise
@@ -128,6 +152,37 @@ class DataManager:
         self._factory = conn.cursor_factory
         conn.cursor_factory = transient_cursor(self._factory or default_factory(conn))
         return shared
+
+    def _usable(self) -> Connection:
+        """Return the connection, after an error in a state in which it can be used."""
+        phase, conn = self.phase, self.conn
+        status = None if conn is None else conn.get_transaction_status()
+        if conn is not None and status == TRANSACTION_STATUS_INERROR:
+            self.failure = self.failure or self._failed_statement()
+            self._go_back(conn)
+        elif status == TRANSACTION_STATUS_UNKNOWN:
+            self.failure = self.failure or psycopg2.InterfaceError(LOST)
+            self._release(close=True)
+        if self._shared is None:
+            self.phase = phase
+            self._shared = self._take()
+        return self._shared.conn
+
+    def _go_back(self, conn: Connection) -> None:
+        """Leave the failed transaction: back to its last savepoint, so that all of them stay, or to the beginning."""
+        try:
+            if self.savepoints:
+                run_savepoint("ROLLBACK TO SAVEPOINT", conn, self.savepoints[-1])
+            else:
+                self._roll_back(conn)
+        except psycopg2.Error:
+            self._release(close=True)
+
+    def _failed_statement(self) -> psycopg2.Error:
+        return InFailedSqlTransaction(
+            f"{self.pool!r}: a statement of this transaction has failed, and was not rolled back to a "
+            "savepoint: nothing of it can be committed"
+        )
 
     def _check_can_join(self, conn: Connection) -> None:
         if conn.autocommit:
@@ -142,6 +197,7 @@ class DataManager:
         """Let go of the connection: a late call of a method cannot reach the connection's next user."""
         shared, self._shared = self._shared, None
         self.phase = Phase.OUTSIDE
+        self.savepoints = []
         if shared is not None:
             shared.conn.cursor_factory = self._factory
             shared.let_go(self, close)
@@ -157,15 +213,12 @@ class DataManager:
     def tpc_vote(self, txn: object) -> None:
         """Commit; or, with two phases, prepare. Raises what makes that impossible, a failed statement before, too."""
         conn = self.conn
-        if conn is None or self.phase is Phase.VOTED:
+        if self.phase is Phase.VOTED or (conn is None and self.failure is None):
             return
         try:
             # PostgreSQL answers a COMMIT here with ROLLBACK, a PREPARE TRANSACTION, too, and psycopg2 says nothing.
-            if conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:
-                raise InFailedSqlTransaction(
-                    f"{self.pool!r}: a statement of this transaction has failed, and was not rolled back to a "
-                    "savepoint: nothing of it can be committed"
-                )
+            if conn is None or self.failure or conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:
+                raise self.failure or self._failed_statement()
             self._vote(conn)
         except psycopg2.Error as error:
             note(error)
@@ -196,9 +249,12 @@ class DataManager:
 
     def abort(self, txn: Transaction) -> None:
         """Roll back. May come before the end, to roll back to a savepoint from before the connection joined."""
-        if self.conn is None or not self._can_abort():
+        if not self._can_abort():
             return
-        self._roll_back(self.conn)
+        self.failure = None  # all of it is undone, what has failed, too
+        self.savepoints = []
+        if self.conn is not None:
+            self._roll_back(self.conn)
         self.phase = Phase.OUTSIDE
         if self._shared is not None:
             # Its user may go on with the connection until the transaction's end: that joins again.
@@ -215,6 +271,8 @@ class DataManager:
 
     def _release_unjoined(self, *status: bool) -> None:
         if not self.is_joined:
+            if self.conn is not None:
+                self._roll_back(self.conn)
             self._release()
 
     def _roll_back(self, conn: Connection) -> None:
@@ -253,18 +311,22 @@ class Savepoint:
     def __init__(self, manager: DataManager) -> None:
         self._manager = manager
         self._name = f"zpgpool_{next(_numbers)}"
+        self._failure = manager.failure
         if manager.conn is not None:
             if manager.conn.autocommit:
                 raise PoolError(f"{manager.pool!r}: a connection with autocommit has no transaction, and no savepoints")
-            self._execute("SAVEPOINT")
+            run_savepoint("SAVEPOINT", manager.conn, self._name)
+            manager.savepoints.append(self._name)
 
     def rollback(self) -> None:
         """See `transaction.interfaces.IDataManagerSavepoint`."""
-        if self._manager.conn is not None:
-            self._execute("ROLLBACK TO SAVEPOINT")
+        manager = self._manager
+        if manager.conn is not None:
+            run_savepoint("ROLLBACK TO SAVEPOINT", manager.conn, self._name)
+            del manager.savepoints[manager.savepoints.index(self._name) + 1 :]
+            manager.failure = self._failure
 
-    def _execute(self, sql: str) -> None:
-        conn = self._manager.conn
-        assert conn is not None
-        with conn.cursor(cursor_factory=cursor) as curs:
-            curs.execute(f"{sql} {self._name}")
+
+def run_savepoint(command: str, conn: Connection, name: str) -> None:
+    with conn.cursor(cursor_factory=cursor) as curs:
+        curs.execute(f"{command} {name}")

@@ -5,6 +5,7 @@ It imports from `core` and the leaves only.
 
 from .body import begin_body
 from .body import is_complete
+from .body import join_body
 from .disconnects import Disconnects
 from .failures import close_body
 from .failures import is_demotion
@@ -49,6 +50,7 @@ __all__ = [
     "is_repeatable",
     "is_safe",
     "is_unavailable",
+    "join_body",
     "lease_class",
     "lease_keys",
     "local",

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .failures import close_body
 from .failures import reveal
 from .lease import Lease
+from .lease import local
 from .response import HeldResponse
+from .shared import Transaction
 
 
 if TYPE_CHECKING:
@@ -113,3 +115,11 @@ def begin_body(
     except BaseException:
         close_body(body)
         raise
+
+
+def join_body(transaction: Transaction) -> None:
+    """Have the calling thread's request end `transaction`, of a pool that it has no lease on, if it is in its body."""
+    for lease in list(local.state.leases.values()):
+        if lease.is_streaming and lease.is_running:
+            lease.guests = (*(guest for guest in lease.guests if guest.is_joined), transaction)
+            return

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnvironment | None) -> None:
     """Raise the database error that the application has caught and answered with 500, if a better answer is known."""
-    failure = lease.failure if (response.status or "").startswith("500") else None
-    if failure is None or lease.connections() or not is_unavailable(failure, lease):
+    is_500 = (response.status or "").startswith("500")
+    # Not reported, it is a guess: an error from before the connection that there is may have been got over.
+    failure = lease.reported or (None if lease.connections() else lease.failure)
+    if failure is None or not is_500 or not is_unavailable(failure, lease):
         is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
@@ -80,5 +82,6 @@ def is_unavailable(error: psycopg2.Error, lease: Lease) -> bool:
     # An error of a connect has no SQLSTATE, but neither has a connection that broke during a query: nobody should be
     # asked to repeat that one.
     is_connect = isinstance(error, psycopg2.OperationalError) and error.pgcode is None
-    is_down = getattr(lease.pool, "last_connect_error", None) is not None
+    # The failure may be of another pool, without a filter.
+    is_down = error is lease.failure or getattr(lease.pool, "last_connect_error", None) is not None
     return is_connect and is_down and not lease.has_lost_connection

@@ -97,6 +97,12 @@ class Lease(Work):
     #: Whether the request reads only, and its pool has `autocommit = safe`.
     commits_at_once = False
 
+    #: What the application says that it has failed with, and has answered itself.
+    reported: psycopg2.Error | None = None
+
+    #: Transactions that were begun in the body with a pool that no filter serves to the request.
+    guests: tuple[Transaction, ...] = ()
+
     #: The connection on which autocommit was set for that.
     _at_once: Connection | None = None
 
@@ -249,6 +255,8 @@ class Lease(Work):
         if self.is_over or self._ender not in (0, get_ident()):
             return
         self._ender = get_ident()
+        for guest in self.guests:
+            guest.abandon(f"{self} has ended, and this was begun in its body")
         try:
             if self._shared is not None:
                 self._end_shared(self._shared)
@@ -265,8 +273,16 @@ class Lease(Work):
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
         self.environ.pop("zpgpool.connection", None)
-        self.frame = self.failure = self._at_once = None
+        self.frame = self.failure = self.reported = self._at_once = None
+        self.guests = ()
         self.is_over = True
+
+    def let_go(self) -> None:
+        """Return the connection, if no transaction has it; the next use gets one again."""
+        shared = self._shared
+        if shared is not None and shared.transaction is None:
+            self._shared = self._at_once = None
+            shared.let_go(self)
 
     def _give_back(self) -> None:
         """Return the connection to the pool, if there is one that no transaction shares."""

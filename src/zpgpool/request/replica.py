@@ -208,6 +208,11 @@ class ReplicaLease(Lease):
         """See `Lease`."""
         return [*self._replica.connections(), *self._primary.connections()]
 
+    def let_go(self) -> None:
+        """See `Lease`."""
+        self._replica.let_go()
+        self._primary.let_go()
+
     def cancel(self) -> None:
         """See `Lease`."""
         self._replica.cancel()

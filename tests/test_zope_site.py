@@ -1,0 +1,159 @@
+"""A site in a real Zope, as its owner sees it: error pages that query, retries, several pools, the management pages."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+from contextlib import closing
+
+import psycopg2
+import pytest
+from benchmarks.harness import free_port
+
+import books
+from books import get
+from books import rows
+from conftest import eventually
+from conftest import Outside
+from zope_instance import Instance
+
+
+PAGES = ["trouble", "lost", "sleeper", "locked", "absent", "exhausted", "streamed", "held"]
+
+#: `side` has no filter.
+CONFIGURE = f"""<configure
+    xmlns="http://namespaces.zope.org/zope"
+    xmlns:browser="http://namespaces.zope.org/browser"
+    xmlns:zpgpool="http://namespaces.zope.org/zpgpool">
+  <include package="zpgpool" />
+  <include package="zpgpool.zsql" />
+  <zpgpool:pool name="main" dsn="ENV:BOOKS_DSN" maxconn="4" />
+  <zpgpool:pool name="side" class="threaded" dsn="ENV:BOOKS_DSN" maxconn="2" timeout="0.2" />
+  <zpgpool:pool name="absent" host="127.0.0.1" port="{free_port()}" timeout="1" outage_wait="0" />
+  <browser:page for="site_pages.Trouble" name="index.html" class="site_pages.TroubleView" permission="zope2.Public" />
+  {
+    "".join(
+        f'<browser:page for="OFS.interfaces.IFolder" name="{name}" class="site_pages.Page" permission="zope2.Public" />'
+        for name in PAGES
+    )
+}
+</configure>
+"""
+
+SCRIPT = """
+import transaction
+from OFS.Folder import Folder
+from Products.PageTemplates.ZopePageTemplate import ZopePageTemplate
+from Products.ZSQLMethods.SQL import SQL
+
+app._setObject("site", Folder("site"))
+site = app.site
+site.manage_permission("Use Database Methods", ["Anonymous"])
+site.manage_addProduct["zpgpool.zsql"].add_connection("db", "The books", "main")
+for name, sql in {
+    "menu": "SELECT 'the menu' AS word",
+    "bad": "SELECT nonsense",
+    "same": "INSERT INTO rows VALUES ('a', 'same'), ('b', 'same')",
+    "add_row": "INSERT INTO rows VALUES ('added', 'added')",
+}.items():
+    site._setObject(name, SQL(name, "", "db", "", sql))
+for name, text in {
+    "standard_error_message": "<h1>An error page with <b tal:content='python:here.menu()[0].word' /></h1>",
+    "failed": "<p tal:content='python:here.bad()' />",
+    "vote": "<p tal:content='python:here.same()' />",
+    "onerror": "<i tal:on-error='string:swallowed' tal:content='python:here.bad()' />"
+               "<b tal:content='python:here.menu()[0].word' />",
+    "lossy": "<u tal:content='python:here.add_row()' />"
+             "<i tal:on-error='string:swallowed' tal:content='python:here.bad()' />"
+             "<b tal:content='python:here.menu()[0].word' />",
+}.items():
+    site._setObject(name, ZopePageTemplate(name))
+    site[name].pt_edit(text, "text/html")
+transaction.commit()
+"""
+
+
+@pytest.fixture(scope="module")
+def dsn(server_dsn: str) -> Iterator[str]:
+    with books.database(server_dsn, "zpgpool_site") as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="module")
+def outside(dsn: str) -> Iterator[Outside]:
+    outside = Outside(dsn)
+    outside.query("CREATE TABLE locked ()")
+    yield outside
+    outside.conn.close()
+
+
+@pytest.fixture(scope="module")
+def zope(dsn: str, outside: Outside, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    zope = Instance(tmp_path_factory.mktemp("site") / "instance", dsn, CONFIGURE)
+    zope.edit("zope.ini", "use = egg:zpgpool", "use = egg:zpgpool\nname = main")
+    zope.run_script(SCRIPT)
+    zope.start()
+    yield zope
+    zope.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(zope: Instance) -> Iterator[None]:
+    """At the end nobody holds a connection."""
+    yield
+    eventually(lambda: get(zope.port, "/site/held") == (200, b"[]"))
+
+
+@pytest.mark.parametrize(
+    ("page", "shows"),
+    [
+        ("failed", "An error page with <b>the menu</b>"),
+        ("vote", "An error page with <b>the menu</b>"),
+        ("trouble", "In trouble, with the menu"),
+        ("lossy", "An error page with <b>the menu</b>"),
+        pytest.param("lost?key=0&always=1", "An error page with <b>the menu</b>", marks=pytest.mark.slow),  # retries
+    ],
+)
+def test_an_error_page_queries(zope: Instance, outside: Outside, page: str, shows: str) -> None:
+    """As with Products.ZPsycopgDA; and what has failed is not committed, nor a part of it."""
+    before = rows(outside)
+    status, body = get(zope.port, f"/site/{page}")
+    assert (status, shows in body.decode()) == (500, True), body
+    assert rows(outside) == before
+
+
+def test_a_connection_lost_between_two_statements(zope: Instance, outside: Outside) -> None:
+    """Zope runs it again, and again."""
+    assert [get(zope.port, f"/site/lost?key={key}")[0] for key in (1, 2, 3)] == [200, 200, 200]
+    assert {"lost 1", "lost 2", "lost 3"} <= set(rows(outside))
+
+
+def test_nothing_is_held_while_zope_sleeps(zope: Instance) -> None:
+    """Between two attempts, for up to 4 seconds."""
+    assert get(zope.port, "/site/sleeper") == (200, b"[]")
+
+
+def test_a_lock_that_is_not_to_be_had(zope: Instance, dsn: str, outside: Outside) -> None:
+    with closing(psycopg2.connect(dsn)) as conn:
+        conn.cursor().execute("LOCK TABLE locked")
+        assert get(zope.port, "/site/locked")[0] == 200
+
+
+def test_a_server_that_is_absent_is_503(zope: Instance) -> None:
+    """Where the site has an error page, and that has a connection."""
+    with closing(http.client.HTTPConnection("127.0.0.1", zope.port, timeout=30)) as conn:
+        conn.request("POST", "/site/absent")
+        response = conn.getresponse()
+        assert (response.status, response.getheader("Retry-After")) == (503, "5")
+
+
+def test_an_exhausted_pool_is_503(zope: Instance) -> None:
+    """Of a pool without a filter, while the site's error page has a connection."""
+    assert get(zope.port, "/site/exhausted")[0] == 503
+
+
+@pytest.mark.parametrize("pool", ["main", "side"])
+def test_streamed_bodies_do_not_exhaust_a_pool(zope: Instance, pool: str) -> None:
+    """One filter will do: with what a body has begun, its request ends."""
+    bodies = [get(zope.port, f"/site/streamed?pool={pool}") for _ in range(9)]
+    assert bodies == [(200, b"0\n1\n2\n")] * 9
