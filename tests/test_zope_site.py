@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -58,7 +59,8 @@ for name, sql in {
 }.items():
     site._setObject(name, SQL(name, "", "db", "", sql))
 for name, text in {
-    "standard_error_message": "<h1>An error page with <b tal:content='python:here.menu()[0].word' /></h1>",
+    "standard_error_message": "<h1>An error page with <b tal:content='python:here.menu()[0].word' /></h1>"
+                              "<p tal:content='options/error_value|nothing' />",
     "failed": "<p tal:content='python:here.bad()' />",
     "vote": "<p tal:content='python:here.same()' />",
     "onerror": "<i tal:on-error='string:swallowed' tal:content='python:here.bad()' />"
@@ -157,3 +159,43 @@ def test_streamed_bodies_do_not_exhaust_a_pool(zope: Instance, pool: str) -> Non
     """One filter will do: with what a body has begun, its request ends."""
     bodies = [get(zope.port, f"/site/streamed?pool={pool}") for _ in range(9)]
     assert bodies == [(200, b"0\n1\n2\n")] * 9
+
+
+@pytest.mark.parametrize("name", ["connected", "connect", "title_or_id", "title_and_id", "pool_names", "pool_state"])
+def test_visitors_cannot_ask_the_server(zope: Instance, name: str) -> None:
+    assert get(zope.port, f"/site/db/{name}")[0] in (401, 404)
+    assert get(zope.port, f"/manage_addProduct/zpgpool.zsql/{name}")[0] in (401, 404)
+
+
+def test_names_are_not_ambiguous(zope: Instance) -> None:
+    assert "Ambiguous name" not in zope.log()
+
+
+@pytest.mark.parametrize("page", ["db/manage_main", "db/manage_properties", "manage_addProduct/zpgpool.zsql/add_form"])
+def test_the_known_pools_are_offered(zope: Instance, page: str) -> None:
+    status, body = get(zope.port, f"/site/{page}", "admin:admin")
+    assert status == 200
+    offered = body.decode().partition('<select id="pool_name"')[2].partition("</select>")[0]
+    assert re.findall(r'<option value="(\w*)"', offered) == ["absent", "main", "side"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["db/manage_edit?title=x&pool_name=typo", "manage_addProduct/zpgpool.zsql/add_connection?id=x&pool_name=typo"],
+)
+def test_a_pool_that_is_not_known_is_refused(zope: Instance, page: str) -> None:
+    status, body = get(zope.port, f"/site/{page}", "admin:admin")
+    assert (status, "no pool is registered as" in body.decode()) == (400, True)
+    assert "selected" in get(zope.port, "/site/db/manage_main", "admin:admin")[1].decode()
+
+
+def test_an_object_is_added_and_opened(zope: Instance) -> None:
+    add = "/site/manage_addProduct/zpgpool.zsql/add_connection"
+    assert get(zope.port, f"{add}?id=away&title=Away&pool_name=absent", "admin:admin")[0] == 302
+    assert "Connection refused" in get(zope.port, "/site/away/manage_open_connection", "admin:admin")[1].decode()
+    assert "AttributeError" not in zope.log()
+    status, body = get(zope.port, "/site/menu/manage_main", "admin:admin")
+    assert (status, re.findall(r"(\w+ \(\w+\), which is [\w ]+)", body.decode())) == (
+        200,
+        ["Away (away), which is not connected", "books (db), which is connected"],
+    )

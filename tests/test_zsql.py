@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import socket
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import psycopg2
 import pytest
 import transaction
+from AccessControl.SecurityManagement import newSecurityManager
+from AccessControl.SecurityManagement import noSecurityManager
+from AccessControl.users import system
 from Acquisition import aq_base
 from DateTime import DateTime
 from OFS.Folder import Folder
 from Products.ZSQLMethods.SQL import SQL
+from Products.ZSQLMethods.SQL import SQLConnectionIDs
 from transaction.interfaces import TransientError
 
 import zpgpool
 from conftest import in_thread
 from conftest import Outside
+from zpgpool.core import query
 from zpgpool.datamanager import connection
 from zpgpool.zsql import Connection
 
@@ -168,17 +175,72 @@ def test_tables_and_columns(folder: Any, pool: Any) -> None:
     assert pool.holders() == []  # ZPsycopgDA puts its connection back in a transaction
 
 
+@pytest.fixture
+def manager() -> Iterator[None]:
+    """The test is a manager of the site."""
+    newSecurityManager(None, system)
+    yield
+    noSecurityManager()
+
+
+@pytest.mark.usefixtures("manager")
 def test_an_object_whose_pool_is_not_there(folder: Any, pool: Any) -> None:
     assert folder.db.connected()
     assert folder.db.title_or_id() == "The database (connected)"
+    assert folder.db.title_and_id() == "The database (db), which is connected"
     assert "PersistentConnectionPool" in folder.db.pool_state()
+    assert folder.db.pool_state().endswith(", connected")
+    assert SQLConnectionIDs(folder) == [
+        ("The database (db), which is connected", "db"),
+        ("zdb, which is connected", "zdb"),
+    ]
     folder.db.edit("", "elsewhere")
     assert not folder.db.connected()
     assert folder.db.title_or_id() == "db (not connected)"
     assert folder.db.pool_state() == "no pool is registered as 'elsewhere'"
+    assert folder.db.pool_names() == ["elsewhere", "main"]
     assert folder.db.browse() == []
     with pytest.raises(LookupError, match="no pool is registered as 'elsewhere' \\(registered: 'main'\\)"):
         folder.find()
+
+
+@pytest.mark.usefixtures("manager")
+def test_an_object_whose_server_does_not_answer(
+    folder: Any, make_pool: MakePool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the pool's state is meant: the server is asked, once for all objects."""
+    asked = Mock(side_effect=query)
+    monkeypatch.setattr("zpgpool.zsql.query", asked)
+    monkeypatch.setattr("zpgpool.zsql.ANSWER_LASTS", 600)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        pool = make_pool(dsn=f"host=127.0.0.1 port={silent.getsockname()[1]}")
+        zpgpool.register_pool(pool, "silent")
+        folder.db.edit("", "silent")
+        titles = [folder.db.title_or_id() for _ in range(9)]
+        assert set(titles) == {"db (not connected)"}
+        assert folder.db.pool_state().endswith(", not connected: the server does not answer")
+        folder.db.manage_open_connection()
+        assert "AttributeError" not in caplog.text
+        assert "the server does not answer" in caplog.text
+        pool.close(0)
+        assert folder.db.pool_state().endswith(", not connected: the pool is closed")
+    assert asked.call_count == 1
+
+
+def test_visitors_do_not_ask_the_server(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of the site may list objects by their titles."""
+    monkeypatch.setattr("zpgpool.zsql.query", None)
+    assert folder.db.title_or_id() == "The database"
+    assert folder.db.title_and_id() == "The database (db)"
+
+
+def test_a_pool_of_another_class_tells_no_more(folder: Any) -> None:
+    class Minimal:
+        closed = False
+
+    zpgpool.register_pool(Minimal(), "minimal")  # type: ignore[arg-type]  # what is asked for here, and no more
+    folder.db.edit("", "minimal")
+    assert folder.db.connected()
 
 
 def test_nothing_of_the_database_is_in_the_zodb(folder: Any) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import localtime
+from time import monotonic
 from time import strftime
 from typing import Any
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import psycopg2
 from psycopg2 import DATETIME
@@ -26,7 +28,12 @@ from psycopg2.extensions import register_type
 from psycopg2.extensions import TIME
 from zope.interface.interfaces import ComponentLookupError
 
+from ..core import NoAnswer
+from ..core import query
 from ..datamanager import get_connection
+from ..interfaces import IPoolInternals
+from ..monitor import list_pools
+from ..registry import get_pool
 from ..registry import query_pool
 
 
@@ -36,9 +43,12 @@ try:
     from AccessControl.Permissions import use_database_methods
     from AccessControl.Permissions import view_management_screens
     from AccessControl.SecurityInfo import ClassSecurityInfo
+    from AccessControl.SecurityManagement import getSecurityManager
     from DateTime import DateTime
+    from OFS.SimpleItem import Item
     from Products.PageTemplates.PageTemplateFile import PageTemplateFile
     from Shared.DC.ZRDB.Connection import Connection as ConnectionBase
+    from zExceptions import BadRequest
 except ImportError as error:
     raise ImportError(f"zpgpool.zsql needs the extra zpgpool[zsql]: {error}") from None
 
@@ -49,8 +59,15 @@ if TYPE_CHECKING:
     from psycopg2.extensions import Column
     from ZPublisher.HTTPRequest import HTTPRequest
 
+    from ..types import Pool
+
 
 ADD_PERMISSION = "Add zpgpool Database Connections"
+
+#: How long a page of the management interface waits for the server, in seconds, and how long it believes the answer: a
+#: folder may list many objects.
+PATIENCE = 1.0
+ANSWER_LASTS = 2.0
 
 #: The letters by which Z SQL Methods tell types, the first that knows a type decides.
 LETTERS = (
@@ -159,6 +176,28 @@ def _column(column: Column) -> dict[str, object]:
     }
 
 
+#: What the server of each pool has answered, and until when (monotonic seconds) that counts.
+_answers: WeakKeyDictionary[Pool, tuple[str, float]] = WeakKeyDictionary()
+
+
+def ask(pool_name: str) -> str:
+    """Return why the pool cannot be used; nothing if it is there, and its server answers."""
+    pool = query_pool(pool_name)
+    if pool is None:
+        return f"no pool is registered as {pool_name!r}"
+    if pool.closed or not IPoolInternals.providedBy(pool):  # another class of pool tells no more
+        return "the pool is closed" if pool.closed else ""
+    why, until = _answers.get(pool, ("", 0.0))
+    if monotonic() >= until:
+        try:
+            query(pool, "zpgpool zmi", "SELECT 1", (), monotonic() + PATIENCE)
+            why = ""
+        except NoAnswer as error:
+            why = str(error)
+        _answers[pool] = (why, monotonic() + ANSWER_LASTS)
+    return why
+
+
 class Connection(ConnectionBase):
     """A database connection object: the name of a pool, and how its rows are shown."""
 
@@ -175,7 +214,9 @@ class Connection(ConnectionBase):
         {"label": "Browse", "action": "manage_browse"},
     )
     security.declareProtected(view_management_screens, "manage_main")
-    manage_main = manage_properties = PageTemplateFile("edit.pt", globals())
+    manage_main = PageTemplateFile("edit.pt", globals())
+    security.declareProtected(view_management_screens, "manage_properties")
+    manage_properties = PageTemplateFile("edit.pt", globals())  # Zope wants one for each name
     security.declareProtected(view_management_screens, "manage_browse")
     manage_browse = PageTemplateFile("browse.pt", globals())
 
@@ -196,7 +237,9 @@ class Connection(ConnectionBase):
         zdatetime: bool = False,
         REQUEST: HTTPRequest | None = None,
     ) -> None:
-        """Change the properties, from the form."""
+        """Change the properties, from the form. Raises BadRequest when there is no such pool."""
+        if REQUEST is not None and pool_name.strip() != self.pool_name:
+            _check_known(pool_name)
         self.edit(title, pool_name, zdatetime)
         if REQUEST is not None:
             REQUEST.RESPONSE.redirect(f"{self.absolute_url()}/manage_main?manage_tabs_message=Saved.")
@@ -205,20 +248,39 @@ class Connection(ConnectionBase):
     def __call__(self, v: object = None) -> Database:
         return Database(self.pool_name, self.zdatetime)
 
+    def connect(self, s: str = "") -> Connection:  # of "Open connection"; the pool connects when it is used
+        if why := ask(self.pool_name):
+            raise BadRequest(why)
+        return self
+
+    # No docstrings, with which Zope would publish these three: any visitor could ask the server a question.
+
     def connected(self) -> bool:
-        """Whether there is a pool to use."""
-        pool = query_pool(self.pool_name)
-        return pool is not None and not pool.closed
+        return not ask(self.pool_name)
 
     def title_or_id(self) -> str:
-        """Return what lists of connection objects show."""
-        return f"{self.title or self.id} ({'connected' if self.connected() else 'not connected'})"
+        return f"{Item.title_or_id(self)}{self._state(' ({})')}"
+
+    def title_and_id(self) -> str:
+        return f"{Item.title_and_id(self)}{self._state(', which is {}')}"
+
+    def _state(self, form: str) -> str:
+        """Return what lists of the management interface show; nothing on a page of the site's visitors."""
+        user = getSecurityManager().getUser()
+        if user is None or not user.has_permission(view_management_screens, self):
+            return ""
+        return form.format("connected" if self.connected() else "not connected")
 
     @security.protected(view_management_screens)
     def pool_state(self) -> str:
         """Return one line about the pool."""
-        pool = query_pool(self.pool_name)
-        return repr(pool) if pool is not None else f"no pool is registered as {self.pool_name!r}"
+        pool, why = query_pool(self.pool_name), ask(self.pool_name)
+        return why if pool is None else f"{pool!r}, {f'not connected: {why}' if why else 'connected'}"
+
+    @security.protected(view_management_screens)
+    def pool_names(self) -> list[str]:
+        """Return the pools that may be chosen: its own, if that is gone, too."""
+        return sorted({self.pool_name, *pool_names()})
 
     @security.protected(view_management_screens)
     def browse(self) -> list[dict[str, object]]:
@@ -232,6 +294,18 @@ class Connection(ConnectionBase):
 
 InitializeClass(Connection)
 
+
+def pool_names(self: object = None) -> list[str]:  # no docstring, with which Zope would publish it
+    return [name for name, _ in list_pools(None)]
+
+
+def _check_known(pool_name: str) -> None:
+    try:
+        get_pool(pool_name.strip())
+    except ComponentLookupError as error:
+        raise BadRequest(str(error)) from None
+
+
 add_form = PageTemplateFile("add.pt", globals())
 
 
@@ -243,7 +317,12 @@ def add_connection(
     zdatetime: bool = False,
     REQUEST: HTTPRequest | None = None,
 ) -> object:
-    """Add a connection object to a folder, from the form or a script."""
+    """Add a connection object to a folder, from the form or a script.
+
+    Raises BadRequest when the form names no pool; a script may run where the server's pools are not.
+    """
+    if REQUEST is not None:
+        _check_known(pool_name)
     self._setObject(id, Connection(id, title, pool_name, zdatetime))
     return None if REQUEST is None else self.manage_main(self, REQUEST)
 
@@ -253,5 +332,5 @@ def initialize(context: ProductContext) -> None:
     context.registerClass(
         Connection,
         permission=ADD_PERMISSION,
-        constructors=(("add_form", add_form), ("add_connection", add_connection)),
+        constructors=(("add_form", add_form), ("add_connection", add_connection), ("pool_names", pool_names)),
     )
