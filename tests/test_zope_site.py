@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -199,3 +200,19 @@ def test_an_object_is_added_and_opened(zope: Instance) -> None:
         200,
         ["Away (away), which is not connected", "books (db), which is connected"],
     )
+
+
+def test_the_control_panel_shows_the_pools(zope: Instance) -> None:
+    """The status page, its files and its data, under Zope's own permission."""
+    assert "Connection pools</a>" in get(zope.port, "/Control_Panel/manage_main", "admin:admin")[1].decode()
+    status, body = get(zope.port, "/Control_Panel/zpgpool", "admin:admin")
+    page = body.decode()
+    assert status == 200
+    assert all(name in page for name in ("absent", "main", "side"))
+    files = re.findall(r'(?:href|src)="(/Control_Panel/zpgpool/[^"]+)"', page)
+    assert len(files) >= 4
+    assert [get(zope.port, path, "admin:admin")[0] for path in files] == [200] * len(files)
+    assert [get(zope.port, path)[0] for path in ["/Control_Panel/zpgpool", *files]] == [401] * (1 + len(files))
+    assert get(zope.port, "/Control_Panel/zpgpool/nothing", "admin:admin")[0] == 404
+    told = json.loads(get(zope.port, "/Control_Panel/zpgpool/json", "admin:admin")[1])
+    assert [pool["name"] for pool in told["pools"]] == ["absent", "main", "side"]

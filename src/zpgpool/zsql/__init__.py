@@ -44,6 +44,7 @@ try:
     from AccessControl.Permissions import view_management_screens
     from AccessControl.SecurityInfo import ClassSecurityInfo
     from AccessControl.SecurityManagement import getSecurityManager
+    from App.ApplicationManager import ApplicationManager
     from DateTime import DateTime
     from OFS.SimpleItem import Item
     from Products.PageTemplates.PageTemplateFile import PageTemplateFile
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
 
     from ..types import Pool
 
+
+#: See `panel`.
+PANEL = {"label": "Connection pools", "action": "zpgpool"}
 
 ADD_PERMISSION = "Add zpgpool Database Connections"
 
@@ -328,7 +332,9 @@ def add_connection(
 
 
 def initialize(context: ProductContext) -> None:
-    """Register the class with Zope (`five:registerPackage` in configure.zcml)."""
+    """Register the class with Zope (`five:registerPackage` in configure.zcml), and a tab of the Control Panel."""
+    if PANEL not in ApplicationManager.manage_options:
+        ApplicationManager.manage_options += (PANEL,)
     context.registerClass(
         Connection,
         permission=ADD_PERMISSION,
