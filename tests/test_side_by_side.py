@@ -144,10 +144,7 @@ def conflict(site: Any, outside: Outside) -> str:
     transaction.commit()
     site.database.query("SELECT * FROM beside")
     in_thread(outside.query, "UPDATE beside SET id = 2")
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        site.database.query("UPDATE beside SET id = 3")
-    transaction.abort()
-    return "Zope retries" if isinstance(caught.value, TransientError) else "Zope does not retry"
+    return retries(site, "UPDATE beside SET id = 3")
 
 
 def restart(site: Any, outside: Outside) -> str:
@@ -214,6 +211,55 @@ def browsing(site: Any, outside: Outside) -> str:
     return "rests in a transaction meanwhile" if any(status) else "nothing rests in a transaction"
 
 
+def answer(site: Any) -> str:
+    """Do what an error page does."""
+    try:
+        site.database.query("SELECT 1")
+    except psycopg2.Error as error:
+        return f"gets {type(error).__name__}"
+    return "gets its rows"
+
+
+def error_page(site: Any, outside: Outside) -> str:
+    """An SQL error; then the error page queries, before the abort."""
+    insert(site, 1)
+    with pytest.raises(psycopg2.Error):
+        site.database.query("SELECT nonsense")
+    return answer(site)
+
+
+def error_page_of_commit(site: Any, outside: Outside) -> str:
+    """The commit fails; then the error page queries, before the abort."""
+    insert(site, 1)
+    insert(site, 1)
+    with pytest.raises(psycopg2.Error):
+        transaction.commit()
+    return answer(site)
+
+
+def lost(site: Any, outside: Outside) -> str:
+    """The connection is lost between two statements."""
+    insert(site, 1)
+    outside.terminate()
+    return retries(site, "SELECT 1")
+
+
+def locked(site: Any, outside: Outside) -> str:
+    """A lock is not to be had within lock_timeout."""
+    site.database.query("SET LOCAL lock_timeout = '20ms'")
+    in_thread(outside.query, "BEGIN; LOCK TABLE beside")
+    try:
+        return retries(site, "INSERT INTO beside VALUES (1)")
+    finally:
+        in_thread(outside.query, "ROLLBACK")
+
+
+def retries(site: Any, sql: str) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        site.database.query(sql)
+    return "Zope retries" if isinstance(caught.value, TransientError) else "Zope does not retry"
+
+
 SCENARIOS: list[Callable[[Any, Outside], str]] = [
     success,
     failure,
@@ -223,6 +269,10 @@ SCENARIOS: list[Callable[[Any, Outside], str]] = [
     restart,
     recycled,
     browsing,
+    error_page,
+    error_page_of_commit,
+    lost,
+    locked,
 ]
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -113,6 +114,7 @@ def nothing_is_left(zope: Instance) -> Iterator[None]:
         ("failed", "An error page with <b>the menu</b>"),
         ("vote", "An error page with <b>the menu</b>"),
         ("trouble", "In trouble, with the menu"),
+        ("onerror", "An error page with <b>the menu</b>"),
         ("lossy", "An error page with <b>the menu</b>"),
         pytest.param("lost?key=0&always=1", "An error page with <b>the menu</b>", marks=pytest.mark.slow),  # retries
     ],
@@ -200,6 +202,18 @@ def test_an_object_is_added_and_opened(zope: Instance) -> None:
         200,
         ["Away (away), which is not connected", "books (db), which is connected"],
     )
+
+
+def test_the_pipeline_of_the_documentation(zope: Instance) -> None:
+    """It is the one of these tests, whose streams leave no warning: `content_length` closes no body."""
+    page = (Path(__file__).parent.parent / "docs" / "zope.rst").read_text()
+    ini = (zope.path / "etc" / "zope.ini").read_text()
+    assert pipeline(page) == pipeline(ini) == ["egg:Zope#httpexceptions", "translogger", "pgpool", "zope"]
+
+
+def pipeline(text: str) -> list[str]:
+    lines = text.partition("pipeline =")[2].partition("\n\n")[0].splitlines()
+    return [line.strip() for line in lines if line and not line.startswith("#")]
 
 
 def test_the_control_panel_shows_the_pools(zope: Instance) -> None:
