@@ -37,7 +37,7 @@ class Instance:
         self.path = path
         self.port = free_port()
         search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        self._environ = os.environ | {"BOOKS_DSN": dsn, "PYTHONPATH": search} | environ
+        self.environ = os.environ | {"BOOKS_DSN": dsn, "PYTHONPATH": search} | environ
         self.run("mkwsgiinstance", "-d", str(path), "-u", "admin:admin")
         self.edit("zope.ini", "[pipeline:main]", FILTER)
         self.edit("zope.ini", "\n    zope\n", "\n    pgpool\n    zope\n")
@@ -61,7 +61,7 @@ class Instance:
 
     def run(self, name: str, *args: str) -> str:
         """Run one of Zope's commands, and return what it prints."""
-        result = subprocess.run(self._command(name, *args), env=self._environ, capture_output=True, text=True)
+        result = subprocess.run(self._command(name, *args), env=self.environ, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -74,7 +74,7 @@ class Instance:
     def start(self) -> None:
         self._process = subprocess.Popen(
             self._command("runwsgi", str(self.path / "etc" / "zope.ini")),
-            env=self._environ,
+            env=self.environ,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

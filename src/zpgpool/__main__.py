@@ -46,6 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--once", action="store_true", help="show it once")
     top.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)")
     top.add_argument("--token", metavar="ENV:NAME", help="the page's token, which the environment has as NAME")
+    migrate = commands.add_parser(
+        "zope-migrate",
+        help="replace the connection objects of Products.ZPsycopgDA in a Zope site",
+        description="Shows what would be done; the site must be stopped, unless it has a ZEO server.",
+    )
+    migrate.add_argument("conf", help="the site's zope.conf")
+    migrate.add_argument(
+        "--pool",
+        action="append",
+        default=[],
+        metavar="[PATH=]NAME",
+        help="the pool for all, or for those below a path (the unnamed one)",
+    )
+    migrate.add_argument("--back", action="store_true", help="go back to Products.ZPsycopgDA")
+    migrate.add_argument("--yes", action="store_true", help="do it")
     args = parser.parse_args(argv)
     try:
         return _run(args)
@@ -73,6 +88,10 @@ def _run(args: argparse.Namespace) -> int:
             from .monitor.top import top
 
             top(args)
+        case "zope-migrate":
+            from .zsql.migrate import migrate
+
+            migrate(args)
     return 0
 
 
