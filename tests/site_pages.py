@@ -96,7 +96,7 @@ class Page(BrowserView):  # type: ignore[misc]
 
     def do_held(self) -> str:
         """Tell who holds connections."""
-        return repr([holder for name in ("main", "side") for holder in zpgpool.get_pool(name).holders()])
+        return repr([holder for name in ("main", "reader", "side") for holder in zpgpool.get_pool(name).holders()])
 
 
 @implementer(IUnboundStreamIterator)

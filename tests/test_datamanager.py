@@ -382,6 +382,21 @@ class TestAfterAnError:
         assert table.rows == []
         assert is_at_rest(pool)
 
+    def test_of_a_session_that_only_reads(self, make_pool: MakePool, table: Table, twophase: bool) -> None:
+        """Nothing can be lost: the others commit, the page that has swallowed the error is shown."""
+        pool = make_pool(idle_timeout=60, twophase=twophase, readonly=True)
+        zpgpool.register_pool(pool)
+        for goes_on in (True, False):
+            other = Other()
+            transaction.get().join(other)
+            self.fail_on(0)
+            if goes_on:
+                assert run(connection(), "SELECT count(*) FROM dm") == 0
+            transaction.commit()
+            assert "tpc_finish" in other.calls
+            assert table.prepared == 0
+            assert is_at_rest(pool)
+
     def test_the_savepoints_stay(self, pool: Any, table: Table) -> None:
         """A savepoint undoes the failure, if it is older than that."""
         insert(1)

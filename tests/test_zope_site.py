@@ -31,6 +31,7 @@ CONFIGURE = f"""<configure
   <include package="zpgpool" />
   <include package="zpgpool.zsql" />
   <zpgpool:pool name="main" dsn="ENV:BOOKS_DSN" maxconn="4" />
+  <zpgpool:pool name="reader" dsn="ENV:BOOKS_DSN" maxconn="4" readonly="true" />
   <zpgpool:pool name="side" class="threaded" dsn="ENV:BOOKS_DSN" maxconn="2" timeout="0.2" />
   <zpgpool:pool name="absent" host="127.0.0.1" port="{free_port()}" timeout="1" outage_wait="0" />
   <browser:page for="site_pages.Trouble" name="index.html" class="site_pages.TroubleView" permission="zope2.Public" />
@@ -53,6 +54,7 @@ app._setObject("site", Folder("site"))
 site = app.site
 site.manage_permission("Use Database Methods", ["Anonymous"])
 site.manage_addProduct["zpgpool.zsql"].add_connection("db", "The books", "main")
+site.manage_addProduct["zpgpool.zsql"].add_connection("reader", "The readers", "reader")
 for name, sql in {
     "menu": "SELECT 'the menu' AS word",
     "bad": "SELECT nonsense",
@@ -60,6 +62,7 @@ for name, sql in {
     "add_row": "INSERT INTO rows VALUES ('added', 'added')",
 }.items():
     site._setObject(name, SQL(name, "", "db", "", sql))
+    site._setObject(f"read_{name}", SQL(f"read_{name}", "", "reader", "", sql))
 for name, text in {
     "standard_error_message": "<h1>An error page with <b tal:content='python:here.menu()[0].word' /></h1>"
                               "<p tal:content='options/error_value|nothing' />",
@@ -67,6 +70,8 @@ for name, text in {
     "vote": "<p tal:content='python:here.same()' />",
     "onerror": "<i tal:on-error='string:swallowed' tal:content='python:here.bad()' />"
                "<b tal:content='python:here.menu()[0].word' />",
+    "reading": "<i tal:on-error='string:swallowed' tal:content='python:here.read_bad()' />"
+               "<b tal:content='python:here.read_menu()[0].word' />",
     "lossy": "<u tal:content='python:here.add_row()' />"
              "<i tal:on-error='string:swallowed' tal:content='python:here.bad()' />"
              "<b tal:content='python:here.menu()[0].word' />",
@@ -127,6 +132,12 @@ def test_an_error_page_queries(zope: Instance, outside: Outside, page: str, show
     assert rows(outside) == before
 
 
+def test_an_error_is_swallowed_where_nothing_can_be_lost(zope: Instance) -> None:
+    """`tal:on-error`, in a session that only reads."""
+    status, body = get(zope.port, "/site/reading")
+    assert (status, body) == (200, b"<i>swallowed</i><b>the menu</b>")
+
+
 def test_a_connection_lost_between_two_statements(zope: Instance, outside: Outside) -> None:
     """Zope runs it again, and again."""
     assert [get(zope.port, f"/site/lost?key={key}")[0] for key in (1, 2, 3)] == [200, 200, 200]
@@ -179,7 +190,7 @@ def test_the_known_pools_are_offered(zope: Instance, page: str) -> None:
     status, body = get(zope.port, f"/site/{page}", "admin:admin")
     assert status == 200
     offered = body.decode().partition('<select id="pool_name"')[2].partition("</select>")[0]
-    assert re.findall(r'<option value="(\w*)"', offered) == ["absent", "main", "side"]
+    assert re.findall(r'<option value="(\w*)"', offered) == ["absent", "main", "reader", "side"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +211,11 @@ def test_an_object_is_added_and_opened(zope: Instance) -> None:
     status, body = get(zope.port, "/site/menu/manage_main", "admin:admin")
     assert (status, re.findall(r"(\w+ \(\w+\), which is [\w ]+)", body.decode())) == (
         200,
-        ["Away (away), which is not connected", "books (db), which is connected"],
+        [
+            "Away (away), which is not connected",
+            "books (db), which is connected",
+            "readers (reader), which is connected",
+        ],
     )
 
 
@@ -229,4 +244,4 @@ def test_the_control_panel_shows_the_pools(zope: Instance) -> None:
     assert [get(zope.port, path)[0] for path in ["/Control_Panel/zpgpool", *files]] == [401] * (1 + len(files))
     assert get(zope.port, "/Control_Panel/zpgpool/nothing", "admin:admin")[0] == 404
     told = json.loads(get(zope.port, "/Control_Panel/zpgpool/json", "admin:admin")[1])
-    assert [pool["name"] for pool in told["pools"]] == ["absent", "main", "side"]
+    assert [pool["name"] for pool in told["pools"]] == ["absent", "main", "reader", "side"]

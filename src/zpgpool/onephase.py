@@ -218,7 +218,9 @@ class DataManager:
         try:
             # PostgreSQL answers a COMMIT here with ROLLBACK, a PREPARE TRANSACTION, too, and psycopg2 says nothing.
             if conn is None or self.failure or conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:
-                raise self.failure or self._failed_statement()
+                if conn is None or not conn.readonly:
+                    raise self.failure or self._failed_statement()
+                return  # it could write nothing: nothing of it is lost
             self._vote(conn)
         except psycopg2.Error as error:
             note(error)
