@@ -13,10 +13,10 @@ from .failures import is_lost
 from .failures import is_unavailable
 from .failures import make_unavailable
 from .failures import reveal
+from .keys import lease_keys
 from .lease import current_lease
 from .lease import Lease
 from .lease import lease_class
-from .lease import lease_keys
 from .lease import local
 from .lease import ThreadLease
 from .replica import asks_for_primary

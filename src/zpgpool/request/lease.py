@@ -1,7 +1,4 @@
-"""What a request holds of a pool, from its first use to the request's end.
-
-Knows nothing of WSGI but what `environ` says.
-"""
+"""What a request holds of a pool, from its first use to the request's end. Of WSGI it knows `environ`."""
 
 from __future__ import annotations
 
@@ -42,17 +39,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("zpgpool")
-
-
-class LeaseKeys(dict[str, str]):
-    """Where `environ` has the lease of a pool, by the pool's name."""
-
-    def __missing__(self, name: str) -> str:
-        key = self[name] = f"zpgpool.lease.{name}" if name else "zpgpool.lease"
-        return key
-
-
-lease_keys = LeaseKeys()
 
 
 class ThreadState:
@@ -143,8 +129,7 @@ class Lease(Work):
     def is_running(self) -> bool:
         """Whether the calling thread, or greenlet, runs the request's code: a call into that is on its stack.
 
-        The stack cannot be wrong. A list of calls can: an asynchronous exception leaves what should have been taken
-        out of it, and a greenlet finds what another one of its thread is in.
+        The stack cannot be wrong. A list of calls can: an asynchronous exception leaves in it what has ended.
         """
         wanted = self.frame
         frame: FrameType | None = sys._getframe(1) if wanted is not None else None
@@ -279,8 +264,7 @@ class Lease(Work):
 
     def let_go(self) -> None:
         """Return the connection, if no transaction has it; the next use gets one again."""
-        shared = self._shared
-        if shared is not None and shared.transaction is None:
+        if (shared := self._shared) is not None and shared.transaction is None:
             self._shared = self._at_once = None
             shared.let_go(self)
 
