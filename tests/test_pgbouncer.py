@@ -212,12 +212,13 @@ def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_pat
     open_to_all(tmp_path)
     requests = 20_000 if meanwhile == "nothing" else 8_000
     bouncer = PgBouncer(tmp_path, own_server, "transaction")
+    log = (tmp_path / "stderr").open("w")
     try:
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", WORKER, bouncer.dsn, str(requests // 4)],
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=log,
                 text=True,
             )
             for _ in range(4)
@@ -225,8 +226,9 @@ def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_pat
         for process in processes:
             assert process.stdout is not None
             process.stdout.readline()
-        outputs: list[tuple[str, str]] = []
-        readers = [threading.Thread(target=lambda p=p: outputs.append(p.communicate(timeout=120))) for p in processes]
+        outputs: list[str] = []
+        # Not communicate(): one that has ended already has the rest in the buffer of readline().
+        readers = [threading.Thread(target=lambda p=p: outputs.append(p.stdout.read())) for p in processes]
         for reader in readers:
             reader.start()
         if meanwhile != "nothing":
@@ -239,9 +241,10 @@ def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_pat
                 bouncer.start()
         for reader in readers:
             reader.join()
-        done = sum(int(out.split("|")[0]) for out, _ in outputs)
-        errors = [error for out, _ in outputs for error in out.strip().split("|")[1:]]
-        assert not [err for _, err in outputs if "Traceback" in err]
+        assert [process.wait(10) for process in processes] == [0] * 4, Path(log.name).read_text()
+        done = sum(int(out.split("|")[0]) for out in outputs)
+        errors = [error for out in outputs for error in out.strip().split("|")[1:]]
+        assert "Traceback" not in Path(log.name).read_text()
         assert not [error for error in errors if error.startswith("seen")]
         assert done + len(errors) == requests
         if meanwhile == "restart":
@@ -250,4 +253,8 @@ def test_four_processes_over_ten_connections(own_server: EmbeddedServer, tmp_pat
         else:
             assert errors == []
     finally:
+        log.close()
+        for process in processes:
+            if process.stdout is not None:
+                process.stdout.close()
         bouncer.stop()
