@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 import queue
+import signal
 import threading
 import time
 import weakref
@@ -15,6 +17,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+import zope.event
 
 import zpgpool
 import zpgpool.core.base
@@ -38,9 +41,11 @@ from zpgpool.core.hangup import hang_up
 from zpgpool.core.lines import current_lines
 from zpgpool.core.lines import is_users
 from zpgpool.core.owners import Holder
+from zpgpool.core.session import is_at_end
 from zpgpool.core.session import Messages
 from zpgpool.core.workers import Gate
 from zpgpool.core.workers import Workers
+from zpgpool.demo.server import EmbeddedServer
 
 
 MakePool = Callable[..., Any]
@@ -759,3 +764,58 @@ class TestWhatALossLeaves:
     def test_nobody_is_first_in_a_queue_that_is_empty(self) -> None:
         handoff: Handoff[Slot] = Handoff(Slot, 1)
         assert not handoff._is_first(Ticket(0.0, 0.0))
+
+
+def test_who_does_not_hang_up_is_cut(own_server: EmbeddedServer) -> None:
+    """A server that has stopped behind its query: it is neither cancelled, nor does it end."""
+    pool = zpgpool.ThreadedConnectionPool(0, 1, f"{own_server.dsn} options='-c client_min_messages=error'", open=False)
+    conn = pool.getconn()
+    [entry] = pool._connections.handoff.slots
+    pid = conn.get_backend_pid()
+    call = Call(run, conn, "SELECT pg_sleep(60)")
+    eventually(lambda: entry.is_active)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert not entry.let_end(time.monotonic() + 0.05)
+        assert not entry.let_end(time.monotonic() - 1)  # no time is left
+        hang_up([entry])
+        with pytest.raises(psycopg2.OperationalError):
+            call.result()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    pool.closeall()
+
+
+def test_a_connection_that_a_pool_has_closed_meanwhile_is_told_of_once(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
+    told: list[Any] = []
+    zope.event.subscribers.append(told.append)
+    conn = pool.getconn()
+    [entry] = pool._connections.handoff.slots
+    pool.detach(conn)
+    pool._connections.detach(entry)
+    assert [type(event).__name__ for event in told] == ["ConnectionOpened", "ConnectionClosed"]
+    conn.close()
+
+
+def test_an_end_that_psycopg2_has_not_noticed(dsn: str, outside: Outside) -> None:
+    conn = psycopg2.connect(dsn)
+    assert not is_at_end(conn)
+    outside.terminate(conn.get_backend_pid())
+    assert is_at_end(conn)
+    conn.close()
+    assert not is_at_end(conn)  # its user has closed it
+
+
+def test_greenlets_are_refused(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = zpgpool.ThreadedConnectionPool(0, 1, dsn, open=False)
+
+    def get_ident(original: Callable[[], int] = threading.get_ident) -> int:
+        return original()
+
+    get_ident.__module__ = "gevent.thread"
+    monkeypatch.setattr(threading, "get_ident", get_ident)
+    with pytest.raises(zpgpool.PoolError, match="gevent has put greenlets"):
+        pool.getconn()
+    with pytest.raises(zpgpool.PoolError, match="gevent has put greenlets"):
+        zpgpool.ThreadedConnectionPool(0, 1, dsn, open=False)
