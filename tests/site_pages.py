@@ -28,7 +28,7 @@ class Trouble(Exception):
     """What has an exception view of its own."""
 
 
-class TroubleView(BrowserView):  # type: ignore[misc]
+class TroubleView(BrowserView):  # type: ignore[misc]  # Zope's classes have no types
     """The exception view, which queries."""
 
     def __call__(self) -> str:

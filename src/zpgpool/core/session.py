@@ -56,11 +56,11 @@ class Watched(Connection):
 
     def set_isolation_level(self, *args: object) -> None:
         with _noted(self):
-            super().set_isolation_level(*args)  # type: ignore[arg-type]
+            super().set_isolation_level(*args)  # type: ignore[arg-type]  # psycopg2 checks it
 
     def set_client_encoding(self, *args: object) -> None:
         with _noted(self):
-            super().set_client_encoding(*args)  # type: ignore[arg-type]
+            super().set_client_encoding(*args)  # type: ignore[arg-type]  # psycopg2 checks it
 
     def reset(self) -> None:
         with _noted(self):

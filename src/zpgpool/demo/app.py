@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from string import Template
 
@@ -231,11 +232,15 @@ class DemoApp:
         return draw(request, title, main, served)
 
 
+@cache
+def _template() -> Template:
+    return Template((files(__package__) / "page.html").read_text("utf-8"))
+
+
 def draw(request: Request, title: str, main: str, served: str, status: int = 200) -> Response:
     """Return a page of the demo."""
-    page = Template((files(__package__) / "page.html").read_text("utf-8"))
     root = html_escape(request.script_name)
-    text = page.substitute(title=title, root=root, status=STATUS, main=main, served=served)
+    text = _template().substitute(title=title, root=root, status=STATUS, main=main, served=served)
     response = Response(text, status=status, cache_control="no-store")
     response.headers["Content-Security-Policy"] = POLICY
     return response
