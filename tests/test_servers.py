@@ -132,7 +132,9 @@ def port(
         return True
 
     try:
-        eventually(is_up, 30)
+        eventually(is_up, 60)
+        if name == "uwsgi":  # else a worker may wait for ever for a thread that only the master has
+            assert len(os.listdir(f"/proc/{server.pid}/task")) == 1
         yield port
     finally:
         end(server)

@@ -691,15 +691,25 @@ def test_64_processes_with_8_holders_each(
     zpgpool.register_pool(pool, "main")
     app = StatusApp(share=str(share))
     conns, children = [pool.getconn() for _ in range(8)], []
+    read, write = os.pipe()
     try:
         for _ in range(63):
             if (pid := os.fork()) == 0:
-                with suppress(BaseException):
+                try:
+                    signal.alarm(120)  # ends one that hangs
                     theirs = [pool.getconn() for _ in range(8)]
+                    signal.alarm(0)
+                    os.write(write, f"{len(theirs)} connections\n".encode())
+                    os.close(write)
                     signal.pause()
-                    del theirs
-                os._exit(0)
+                except BaseException as error:
+                    os.write(write, f"{' '.join(str(error).split())}\n".encode())
+                finally:
+                    os._exit(0)
             children.append(pid)
+        os.close(write)
+        with os.fdopen(read) as told:  # not asked of the page until it is so: each answer is work for all of them
+            assert [told.readline() for _ in children] == ["8 connections\n"] * 63
         eventually(lambda: json.loads(ask(app, "/json").body)["used"] == 512, 60)
         took, sizes = [], []
         for _ in range(10):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from conftest import run
 from zpgpool.core.timer import MaintenanceTimer
 from zpgpool.core.timer import timer as process_timer
 from zpgpool.core.timer import TRY_AGAIN
+from zpgpool.core.workers import start
 
 
 MakePool = Callable[..., Any]
@@ -323,6 +326,18 @@ class TestThread:
         os.waitpid(pid, 0)
         eventually(lambda: timer.is_running)
         self.end(timer, [pool], last=False)
+
+    def test_is_none_where_uwsgi_is_to_fork(self, timer: MaintenanceTimer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """tests/test_servers.py asks a real one."""
+        pool, worker = Fake(None), 0
+        uwsgi = SimpleNamespace(masterpid=os.getpid, worker_id=lambda: worker)
+        monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
+        timer.watch(pool)
+        assert not start(lambda: None, "test")
+        assert not timer.is_running
+        worker = 1
+        timer.watch(pool)
+        eventually(lambda: pool.times)
 
     @staticmethod
     def end(timer: MaintenanceTimer, pools: list[Fake], last: bool = True) -> None:

@@ -26,6 +26,7 @@ from .timer import MaintenanceTimer
 from .timer import timer
 from .transactions import commit
 from .transactions import may_succeed
+from .workers import will_fork
 
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "tasks",
     "timer",
     "watch",
+    "will_fork",
 ]

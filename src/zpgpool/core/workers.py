@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,14 +30,26 @@ Task = Callable[[], object]
 def start(task: Task, name: str) -> bool:
     """Run `task` in a thread of its own; return whether one could be started.
 
-    None can in an exit handler (CPython 3.12 and newer), or at a limit of processes.
+    None can in an exit handler (CPython 3.12 and newer), or at a limit of processes; none should before a `will_fork`.
     """
+    if will_fork():
+        return False
     try:
         # Not from here: `Thread.start()` waits for the new thread, which hangs when an exception breaks that off.
         _thread.start_new_thread(_start, (task, name))
     except RuntimeError:
         return False
     return True
+
+
+def will_fork() -> bool:
+    """Whether this process is one of uWSGI that loads the application, and makes its workers of itself.
+
+    It does not hold the interpreter's lock while it forks. Where another thread has it at that moment, the new worker
+    waits for that thread for ever: it is not there.
+    """
+    uwsgi = sys.modules.get("uwsgi")
+    return uwsgi is not None and uwsgi.worker_id() == 0 and uwsgi.masterpid() in (0, os.getpid())
 
 
 def _start(task: Task, name: str) -> None:

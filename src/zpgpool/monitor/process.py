@@ -9,6 +9,7 @@ import threading
 from abc import ABC
 from abc import abstractmethod
 
+from ..core import will_fork
 from ..errors import one_line
 
 
@@ -27,7 +28,7 @@ class PerProcess(ABC):
 
     def start(self) -> None:
         """Begin in this process, if that is not done yet: each request calls it, for forks that no hook tells of."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() and not will_fork():
             with self._starting:
                 if self._pid != os.getpid():
                     if self._pid:
