@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import accumulate
-from typing import Any
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
@@ -38,17 +37,17 @@ PREFIX = "db.client.connection."
 
 
 class Number(NamedTuple):
-    """A row of the table: a number of each pool's, or one for each state of its connections."""
+    """A row of the table: a number of each pool's under "", or one for each state of its connections under its name."""
 
     name: str
     unit: str
     help: str
-    read: Callable[[Reading], Any]
+    read: Callable[[Reading], dict[str, float]]
     is_counter: bool = False
 
 
-def _gauge(name: str) -> Callable[[Reading], Any]:
-    return lambda reading: reading["gauges"].get(name, 0)  # none of a pool that only ended processes had
+def _gauge(name: str) -> Callable[[Reading], dict[str, float]]:
+    return lambda reading: {"": reading["gauges"].get(name, 0)}  # none of a pool that only ended processes had
 
 
 NUMBERS = (
@@ -65,7 +64,7 @@ NUMBERS = (
         "timeouts",
         "{timeout}",
         "The requests that waited for the whole timeout and got no connection",
-        lambda reading: reading["counters"].get("timeouts", 0),
+        lambda reading: {"": reading["counters"].get("timeouts", 0)},
         is_counter=True,
     ),
 )
@@ -117,9 +116,8 @@ class PoolCollector:
         has_states = number.name == "count"
         metric = family(_underscored(number.name), number.help, labels=[*LABELS, "state"] if has_states else LABELS)
         for name, reading in pools:
-            value = number.read(reading)
-            for labels, each in [([state], each) for state, each in value.items()] if has_states else [([], value)]:
-                metric.add_metric([name, *labels], each)
+            for state, value in number.read(reading).items():
+                metric.add_metric([name, state] if state else [name], value)
         return metric
 
     def _times(self, time: str, help: str, pools: Iterable[tuple[str, Reading]]) -> Metric:
@@ -174,9 +172,8 @@ def instrument(meter_provider: MeterProvider | None = None, registry: Components
                 # Here, and not when they are measured: that may be in the middle of the garbage collector.
                 for time, seconds in history_of(pool).drain():
                     histograms[time].record(seconds, attributes)
-                value = number.read(read(pool))
-                for state, each in value.items() if isinstance(value, dict) else [(None, value)]:
-                    yield Observation(each, {**attributes, f"{PREFIX}state": state} if state else attributes)
+                for state, value in number.read(read(pool)).items():
+                    yield Observation(value, {**attributes, f"{PREFIX}state": state} if state else attributes)
 
         return callback
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from .history import EVERY
@@ -19,10 +18,13 @@ from .snapshot import Json
 #: Of the JSON: nothing that it has is taken away, or gets another meaning, under the same number.
 VERSION = 1
 
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
+#: What `fits` asks for: see there.
+Form: TypeAlias = type | tuple[type, ...] | list["Form"] | dict[str, "Form"]
 
-SERVER = {
+NUMBER: Form = (int, float)
+MAYBE: Form = (int, float, type(None))
+
+SERVER: dict[str, Form] = {
     "application_name": (str, type(None)),
     "state": (str, type(None)),
     "wait_event_type": (str, type(None)),
@@ -32,10 +34,10 @@ SERVER = {
     "query": (str, type(None)),
 }
 
-WAITER = {"seconds": NUMBER, "request": str, "thread": str, "line": str}
+WAITER: dict[str, Form] = {"seconds": NUMBER, "request": str, "thread": str, "line": str}
 
 #: The form of what a process tells of a pool: what comes from a socket is looked at before it is drawn.
-POOL = {
+POOL: Form = {
     "name": str,
     "kind": str,
     "is_closed": bool,
@@ -57,15 +59,15 @@ POOL = {
     "stats": dict,
 }
 
-DOCUMENT = {"id": str, "process": int, "host": str, "zpgpool": str, "is_bare": bool, "pools": [POOL]}
+DOCUMENT: Form = {"id": str, "process": int, "host": str, "zpgpool": str, "is_bare": bool, "pools": [POOL]}
 
 #: No number of ours is as large: more than that, infinity and what is no number cannot be shown.
 LARGEST = 1e18
 
-LAG = {"seconds": MAYBE, "ago": MAYBE, "trouble": str}
+LAG: Form = {"seconds": MAYBE, "ago": MAYBE, "trouble": str}
 
 
-def fits(value: Any, form: Any) -> bool:
+def fits(value: object, form: Form) -> bool:
     """Whether `value` has the form: a type, several, a mapping of at least these keys, or a list of such."""
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(each, form[0]) for each in value)
@@ -74,16 +76,20 @@ def fits(value: Any, form: Any) -> bool:
     types = form if isinstance(form, tuple) else (form,)
     if isinstance(value, bool) and bool not in types:
         return False
-    return isinstance(value, form) and not (isinstance(value, int | float) and not abs(value) < LARGEST)
+    return isinstance(value, types) and not (isinstance(value, int | float) and not abs(value) < LARGEST)
 
 
-def is_document(value: Any) -> bool:
+def is_document(value: object) -> bool:
     """Whether `value` is what a process of this version tells of itself."""
-    return fits(value, DOCUMENT) and all(
-        (pool["lag"] is None or fits(pool["lag"], LAG))
-        and fits(pool["backends"] or [], [int])
-        and all(fits(each, NUMBER) for each in pool["stats"].values())
-        for pool in value["pools"]
+    return (
+        isinstance(value, dict)
+        and fits(value, DOCUMENT)
+        and all(
+            (pool["lag"] is None or fits(pool["lag"], LAG))
+            and fits(pool["backends"] or [], [int])
+            and all(fits(each, NUMBER) for each in pool["stats"].values())
+            for pool in value["pools"]
+        )
     )
 
 
@@ -110,7 +116,7 @@ def merge(documents: Iterable[Json], silent: Iterable[tuple[int, str, str]] = ()
     return {"processes": processes, "pools": [_merge_pools(by_name[name]) for name in sorted(by_name)]}
 
 
-def total(snapshot: Mapping[str, Any]) -> Json:
+def total(snapshot: Json) -> Json:
     """Return the sums over all pools, as they stand at the top of a snapshot."""
     pools = snapshot["pools"]
     sums: Json = {name: sum(pool[name] for pool in pools) for name in ("used", "idle", "max", "waiting")}
@@ -137,7 +143,7 @@ def _mark_odd(processes: Sequence[Json]) -> None:
             process["is_odd"] = _mood(process) != most
 
 
-def _mood(process: Mapping[str, Any]) -> str:
+def _mood(process: Json) -> str:
     if any(pool["last_connect_error"] for pool in process["pools"]):
         return "no server"
     if process["waiting"]:
@@ -200,7 +206,7 @@ def _add_samples(many: Iterable[Sequence[Json]]) -> list[Json]:
 # What is asked for ---------------------------------------------------------------------------------------------------
 
 
-def name_blockers(pools: Iterable[Mapping[str, Any]]) -> None:
+def name_blockers(pools: Iterable[Json]) -> None:
     """Add to what the server says of each holder who the backends are that it waits for, as far as they are ours."""
     for pool in pools:
         known = {holder["backend_pid"]: holder for holder in pool["holders"] if holder["backend_pid"]}
@@ -229,7 +235,7 @@ def only(snapshot: Json) -> Json:
     return {**snapshot, "processes": processes, "pools": choose(snapshot["pools"])}
 
 
-def is_of(each: Mapping[str, Any], path: str) -> bool:
+def is_of(each: Json, path: str) -> bool:
     """Whether the path of a holder's or waiter's request begins with `path`."""
     words = each["request"].split(" ", 1)
     with suppress(ValueError):

@@ -15,7 +15,9 @@ from datetime import timezone
 from time import monotonic
 from typing import Any
 from typing import NamedTuple
+from typing import TYPE_CHECKING
 from typing import TypeAlias
+from typing import TypeGuard
 
 from zope.component import getGlobalSiteManager
 from zope.interface.interface import InterfaceClass
@@ -32,6 +34,11 @@ from ..interfaces import IPoolManagement
 from ..interfaces import IWaiter
 from .history import history_of
 from .history import waiters_of
+
+
+if TYPE_CHECKING:
+    from ..types import ObservedPool
+    from ..types import Pool
 
 
 #: An object of the JSON. What is in it, docs/site.rst lists, `site.fits` checks where it comes from outside, and a test
@@ -80,7 +87,7 @@ class Look(NamedTuple):
     others: list[Json]
 
 
-def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
+def list_pools(registry: Components | None = None) -> list[tuple[str, Pool]]:
     """Return the registered pools by their names."""
     registry = getGlobalSiteManager() if registry is None else registry
     pools = registry.getUtilitiesFor(IConnectionPool)
@@ -88,7 +95,7 @@ def list_pools(registry: Components | None = None) -> list[tuple[str, Any]]:
     return sorted(((name.encode(errors="replace").decode(), pool) for name, pool in pools), key=lambda each: each[0])
 
 
-def take(pools: Iterable[tuple[str, Any]], now: float, show_sql: bool = False) -> Json:
+def take(pools: Iterable[tuple[str, Pool]], now: float, show_sql: bool = False) -> Json:
     """Return what is to be seen of `pools`, (name, pool) pairs, at `now` (monotonic seconds): numbers, text, None.
 
     show_sql -- with the text of the queries that the holders run.
@@ -104,7 +111,7 @@ def time_of_day() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe(name: str, pool: Any, now: float) -> Json:
+def describe(name: str, pool: Pool, now: float) -> Json:
     """Return what is to be seen of a pool without asking its server: each holder's `server` is None."""
     history = history_of(pool)
     history.maintain(now)
@@ -116,7 +123,6 @@ def describe(name: str, pool: Any, now: float) -> Json:
     for each in (*holders, *waiters):
         each.update({key: readable(value) for key, value in each.items() if isinstance(value, str)})
     lag = None if pool.closed else lag_of(pool)
-    error = pool.last_connect_error if _has_server(pool) else None
     return {
         "name": readable(name),
         "kind": type(pool).__name__,
@@ -127,7 +133,7 @@ def describe(name: str, pool: Any, now: float) -> Json:
         "idle": stats["pool_available"],
         "used": max(0, stats["pool_size"] - stats["pool_available"]),
         "waiting": len(waiters),
-        "last_connect_error": readable(pool.scrub(one_line(error))) if error else "",
+        "last_connect_error": _connect_error(pool),
         "outage_seconds": pool.outage_seconds if not pool.closed and IPoolManagement.providedBy(pool) else None,
         "server_note": "",
         "backends": list(pool.backend_pids()) if IPoolInternals.providedBy(pool) else None,
@@ -166,12 +172,18 @@ def readable(text: str, most: int = LONGEST) -> str:
 # The server ----------------------------------------------------------------------------------------------------------
 
 
-def _has_server(pool: Any) -> bool:
-    return not pool.closed and IPoolInternals.providedBy(pool)
+def _has_server(pool: Pool) -> TypeGuard[ObservedPool]:
+    return not pool.closed and bool(IPoolInternals.providedBy(pool))
+
+
+def _connect_error(pool: Pool) -> str:
+    if _has_server(pool) and (error := pool.last_connect_error):
+        return readable(pool.scrub(one_line(error)))
+    return ""
 
 
 def join_server(
-    seen: Sequence[Json], pools: Iterable[Any], show_sql: bool = False, is_site: bool = False
+    seen: Sequence[Json], pools: Iterable[Pool | None], show_sql: bool = False, is_site: bool = False
 ) -> list[Json] | None:
     """Add to each holder what the server says of its backend, or to the pool's `server_note` why that is missing.
 
@@ -183,24 +195,28 @@ def join_server(
     for each, pool in zip(seen, pools, strict=True):
         looks.append(None)
         pids = [holder["backend_pid"] for holder in each["holders"] if holder["backend_pid"]]
-        may_ask = pool is None or _has_server(pool)
-        if not may_ask or not (pids or (is_site and not each["last_connect_error"])):
+        if not pids and (not is_site or each["last_connect_error"]):
             continue
         try:
             if pool is None:
                 raise NoAnswer("the process that was asked has no such pool")
-            known = each["backends"] if is_site else None
-            looks[-1] = look = ask_server(pool, pids, start + (LOOK if pids else BRIEF), show_sql, known)
+            if _has_server(pool):
+                known = each["backends"] if is_site else None
+                looks[-1] = ask_server(pool, pids, start + (LOOK if pids else BRIEF), show_sql, known)
         except NoAnswer as error:
             each["server_note"] = readable(str(error)) if pids else ""
-        else:
+        if (look := looks[-1]) is not None:
             for holder in each["holders"]:
                 holder["server"] = look.sessions.get(holder["backend_pid"])
     return find_unknown(seen, looks) if is_site else None
 
 
 def ask_server(
-    pool: Any, held: Collection[int], until: float, show_sql: bool = False, known: Collection[int] | None = None
+    pool: ObservedPool,
+    held: Collection[int],
+    until: float,
+    show_sql: bool = False,
+    known: Collection[int] | None = None,
 ) -> Look:
     """Return what pg_stat_activity has of these backends, over a connection of its own that is closed again.
 
