@@ -27,7 +27,7 @@ help:
 	@echo "                                 (ZPGPOOL_TEST_DSN=...: against that server)"
 	@echo "make lint | format               check | rewrite the code's form, check its types"
 	@echo "make docs                        build the documentation into docs/_build/html"
-	@echo "make screenshots                 take the pictures of the documentation (needs Chromium)"
+	@echo "make screenshots                 draw and take the pictures of the documentation (needs Chromium)"
 	@echo "make stress [SECONDS=20] [SEED=1] [SCENARIO=...]  attack the pools while threads use them"
 	@echo "make bench [QUICK=1]             measure the pools beside the others (QUICK: for breakage only)"
 	@echo "make dist                        build the wheel and the sdist into dist/, and check them"
@@ -65,6 +65,7 @@ docs: .venv/docs.stamp
 	@echo "Read docs/_build/html/index.html"
 
 screenshots: .venv/test.stamp
+	$(BIN)/python docs/drawings.py
 	PYTHONPATH=tests:. $(BIN)/python docs/screenshots.py
 
 stress: .venv/stress.stamp

@@ -36,8 +36,33 @@ LOAD = 30.0
 HELD = 4.0
 
 
+#: What docs/status.rst explains, in the order of its list: where the numbers stand on the picture.
+PARTS = (
+    ".verdict",
+    ".charts",
+    "table td[data-label=For]",
+    "table td[data-label=Request]",
+    "table td[data-label=Server]",
+    "table td[data-label='At line']",
+)
+
+#: Puts the numbers on the page, outside of what renews itself.
+NUMBER_THEM = """
+for (const [index, part] of PARTS.entries()) {
+    const place = document.querySelector("section " + part).getBoundingClientRect()
+    const badge = document.body.appendChild(document.createElement("b"))
+    badge.textContent = index + 1
+    Object.assign(badge.style, {
+        position: "absolute", left: `${scrollX + place.left - 20}px`, top: `${scrollY + place.top - 9}px`,
+        width: "20px", height: "20px", borderRadius: "50%", background: "#b9431a", color: "#fff",
+        font: "bold 13px/20px sans-serif", textAlign: "center",
+    })
+}
+"""
+
+
 def main() -> None:
-    """Write `status.png` and `top.svg`."""
+    """Write `status.png`, `status-parts.png` and `top.svg`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder, chromium(Path(folder)) as browser:
@@ -52,6 +77,8 @@ def main() -> None:
             browser.open(f"{url}/status", width=1100, height=860)
             # What a screen shows, not the whole page: the README has it, too.
             (IMAGES / "status.png").write_bytes(b64decode(browser.send("Page.captureScreenshot")["data"]))
+            browser.run(f"{{ const PARTS = {list(PARTS)}; {NUMBER_THEM} }}")
+            (IMAGES / "status-parts.png").write_bytes(b64decode(browser.send("Page.captureScreenshot")["data"]))
             with urlopen(f"{url}/status/json") as answer:
                 # Where it stands on this machine is nobody's business.
                 snapshot = json.loads(answer.read().decode().replace(str(SOURCE), "/srv/shop/lib"))

@@ -55,7 +55,7 @@ SHARED = [zpgpool.ThreadedConnectionPool, zpgpool.PersistentConnectionPool]
 
 @pytest.fixture(params=SHARED)
 def pool(request: pytest.FixtureRequest, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pool of two idle connections that no timer tends."""
+    """A pool of two idle connections that no timer maintains."""
     monkeypatch.setitem(DEFAULTS, "timer", None)
     return make_pool(request.param, 2, 2, idle_timeout=60)
 
@@ -71,7 +71,7 @@ def test_a_pool_that_is_dropped_closes_its_connections(make_pool: MakePool, dsn:
     tidy = pool._connections.handoff._tidy
     del pool
     gc.collect()
-    eventually(lambda: is_gone() is None)  # the timer may be tending it
+    eventually(lambda: is_gone() is None)  # the timer may be maintaining it
     eventually(lambda: not outside.backends())
     assert tidy() is None
 

@@ -472,7 +472,7 @@ def test_an_outage_is_told_of(
     with pytest.raises(zpgpool.PoolTimeout, match=r"The server cannot be reached for \d\.\d s\. Held by nobody"):
         pool.getconn()
     assert (pool.outage_seconds or 0) > 0.5
-    assert "who asks now waits for the server, up to 60 s" in caplog.text
+    assert "checkouts now wait for the server, up to 60 s" in caplog.text
     server.launch()
     with pool.connection(timeout=30):
         assert pool.outage_seconds is None

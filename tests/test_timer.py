@@ -1,4 +1,4 @@
-"""The timer: each pool is tended when it says, by one thread, whatever happens in a pool."""
+"""The timer: each pool is maintained when it says, by one thread, whatever happens in a pool."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class TestThread:
         assert not timer.is_running
         assert timer_threads() == before
 
-    def test_is_a_daemon_with_a_name_and_tends_in_real_time(self, timer: MaintenanceTimer) -> None:
+    def test_is_a_daemon_with_a_name_and_works_in_real_time(self, timer: MaintenanceTimer) -> None:
         pool = Fake(0.0, 0.0, None)
         timer.watch(pool)
         eventually(lambda: len(pool.times) == 3)

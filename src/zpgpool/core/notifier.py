@@ -58,7 +58,7 @@ class Notifier:
         """Log a failure that no caller gets: none waits, or those that wait, wait out the outage."""
         pool = self._pool()
         if pool is not None:
-            more = f"; who asks now waits for the server, up to {outage_wait:g} s" if outage_wait else ""
+            more = f"; checkouts now wait for the server, up to {outage_wait:g} s" if outage_wait else ""
             log.warning("%r cannot connect: %s%s", pool, pool.scrub(one_line(error)), more)
 
     def outage_began(self, error: psycopg2.OperationalError) -> None:

@@ -178,7 +178,7 @@ def _pool(pool: Json, number: int, has_process: bool = False, most: int | None =
 <h3>Who waits for one</h3>
 {_folded(f"waiters-{number}", "Nobody.", waiters, most)}
 <h3>What happened</h3>
-{_table("Nothing worth mentioning.", map(_tale, pool["incidents"]))}
+{_table("Nothing worth mentioning.", map(_incident, pool["incidents"]))}
 <details id="counters-{number}"><summary>Counters</summary><dl>{counters}</dl></details>
 </section>"""
 
@@ -284,7 +284,7 @@ def _waiter(waiter: Json, has_process: bool) -> Row:
     )
 
 
-def _tale(incident: Json) -> Row:
+def _incident(incident: Json) -> Row:
     times = f" ({incident['count']} times)" if incident["count"] > 1 else ""
     return (
         ("When (UTC)", _e(incident["at"][:19].replace("T", " "))),
