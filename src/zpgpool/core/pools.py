@@ -1,7 +1,7 @@
 """The pools: which user holds which connection. The hot path is here, and only here.
 
 A hit takes the connection that the calling thread parked, without a lock: removing it from the dict is the claim. It is
-written out in both classes, because a call more would cost a tenth of it (measured: 25 of 250 ns).
+written out in both classes: a call more costs 25 of 250 ns. `timeout` is not keyword-only: that costs 15 on 3.11.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .workers import Gate
 class PersistentConnectionPool(AbstractConnectionPool):
     """A pool that gives each thread one connection, the same until the thread puts it away."""
 
-    def getconn(self, *, timeout: float | None = None) -> Connection:
+    def getconn(self, timeout: float | None = None) -> Connection:
         """See `IPersistentConnectionPool`."""
         owner = self.here.owner
         entry = owner.entry
@@ -196,7 +196,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
         self._comers: dict[Hashable, Gate] = {}
         super()._start()
 
-    def getconn(self, key: Hashable = None, *, timeout: float | None = None) -> Connection:
+    def getconn(self, key: Hashable = None, timeout: float | None = None) -> Connection:
         """See `IKeyedConnectionPool`."""
         owner = self.here.owner
         if key is not None:
