@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from typing import ClassVar
 
@@ -153,7 +154,8 @@ class Stopped(Scenario):
     def go_on(self, pids: list[int]) -> None:
         for pid in pids:
             del self.stopped[pid]
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # the server has ended it meanwhile
+                os.kill(pid, signal.SIGCONT)
 
     def end(self) -> None:
         self.go_on(list(self.stopped))

@@ -316,11 +316,88 @@ class TestHooks:
                 raise SystemExit
 
         kept: list[BaseException] = []
-        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 1, timeout=5, check=check)
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=5, check=check)
         with pytest.raises(SystemExit) as caught:
             pool.getconn()
         kept.append(caught.value)  # with its traceback
         pool.putconn(pool.getconn())
+
+    @pytest.mark.parametrize("kind", [*SHARED, zpgpool.SimpleConnectionPool])
+    @pytest.mark.parametrize("timeout", [0, 0.2])
+    def test_a_check_that_refuses_all_gives_an_error_in_time_and_its_reason(
+        self, make_pool: MakePool, kind: Any, timeout: float
+    ) -> None:
+        """With a pause after each connect; without a timeout the first refusal is the error."""
+
+        def check(conn: Any) -> None:
+            checks.append(conn)
+            if not is_well:
+                raise RuntimeError("a standby")
+
+        checks: list[object] = []
+        is_well = False
+        pool = make_pool(kind, 0, 2, timeout=timeout, idle_timeout=60, check=check)
+        for _ in range(10):
+            with pytest.raises(zpgpool.PoolTimeout if timeout else psycopg2.OperationalError) as caught:
+                pool.getconn()
+            told = caught.value.__cause__ if timeout else caught.value
+            assert str(told) == "check refused a new connection: a standby"
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)
+        stats = pool.get_stats()
+        assert len(checks) == stats["connections_num"]
+        assert (stats["requests_num"], stats["requests_errors"], stats["connections_lost"]) == (10, 10, 0)
+        assert stats["requests_queued"] == (10 if timeout else 0)
+        is_well = True
+        eventually(lambda: not pool._connections.backoff.is_on)
+        pool.putconn(pool.getconn())
+
+    @both
+    def test_a_timeout_waits_for_a_check_that_passes(self, make_pool: MakePool, factory: Any) -> None:
+        checks: list[object] = []
+
+        def check(conn: Any) -> None:
+            checks.append(conn)
+            if len(checks) < 4:
+                raise RuntimeError("still a standby")
+
+        pool = make_pool(factory, 0, 2, timeout=20, idle_timeout=60, check=check)
+        pool.putconn(pool.getconn())
+        assert len(checks) == 4
+
+    def test_an_idle_connection_that_check_refuses_is_not_lost(self, make_pool: MakePool) -> None:
+        refused: list[object] = []
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60, check=lambda conn: refused and 1 / 0)
+        pool.putconn(pool.getconn())
+        refused.append(1)
+        with pytest.raises(psycopg2.OperationalError, match="division by zero"):
+            pool.getconn()
+        assert pool.get_stats()["connections_lost"] == 0
+
+    @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+    def test_a_checkout_that_a_hook_fails_is_counted(self, make_pool: MakePool, error: Any) -> None:
+        def configure(conn: Any) -> None:
+            raise error("no")
+
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, configure=configure)
+        for _ in range(3):
+            with pytest.raises(error):
+                pool.getconn()
+        stats = pool.get_stats()
+        assert (stats["requests_num"], stats["requests_errors"], stats["pool_size"]) == (3, 3, 0)
+
+    def test_a_hook_that_fails_again_and_again_is_told_once(
+        self, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def configure(conn: Any) -> None:
+            if calls:
+                raise RuntimeError("no")
+            calls.append(conn)
+
+        calls: list[object] = []
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 2, idle_timeout=60, configure=configure)
+        pool.putconn(pool.getconn(), close=True)
+        eventually(lambda: pool._connections.opener.failures >= 3)  # the timer opens what is missing
+        assert sum("cannot connect: no" in record.getMessage() for record in caplog.records) == 1
 
     @pytest.mark.parametrize("how", ["hook", "copy"])
     def test_what_cannot_be_made_clean_is_told_with_the_request(

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
@@ -199,6 +200,30 @@ def test_a_forked_child_forgets_what_is_half_made_or_lost(make_pool: MakePool) -
     pool._forget()
     assert pool.get_stats()["pool_size"] == 0
     assert [entry.is_attached for entry in entries] == [False, True]
+
+
+def test_a_search_that_the_garbage_collector_breaks_in_upon(make_pool: MakePool) -> None:
+    """CPython 3.10 and 3.11 may collect garbage whenever a tuple is made; the collector finds a lost connection."""
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=60)
+    pool._timer = None
+    kept, conn = pool.getconn(), pool.getconn()
+    other = SimpleNamespace(connection=lambda: None, ref=None)
+    pool._used.update({object(): other for _ in range(6000)})  # more than CPython has tuples in stock
+    before = gc.get_threshold()
+    try:
+        gc.disable()
+        gc.collect()
+        lost = [conn]  # young: it is found soon
+        lost.append(lost)
+        del conn, lost
+        gc.set_threshold(gc.get_count()[0] + 2000)
+        gc.enable()
+        pool.checkout(kept).putconn()
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
+        for key in [key for key, entry in pool._used.copy().items() if entry is other]:
+            del pool._used[key]
 
 
 def test_a_line_that_everybody_has_left(pool: Any) -> None:

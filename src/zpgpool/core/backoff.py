@@ -47,8 +47,8 @@ class ConnectBackoff:
         #: Whether a connection was found dead, or was lost, since the last new one that has answered: a pooler accepts
         #: connections while it has no server.
         self.is_doubted = False
-        #: Whether the server has too many clients.
-        self.is_full = False
+        #: What the last try has failed of; None when it succeeded, or there was none.
+        self.diagnosis: Diagnosis | None = None
         self._clock = clock
         self._pause = 0.0
         self._retry_at = self._proven_until = self._tried_at = self._failed_at = NEVER_YET
@@ -90,9 +90,19 @@ class ConnectBackoff:
         return self.outage_since is not None and self._clock() < self.outage_since + self.outage_wait
 
     @property
+    def is_full(self) -> bool:
+        """Whether the server has too many clients."""
+        return self.diagnosis is Diagnosis.FULL
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether the next try may succeed at any time: a checkout waits for its whole timeout, if it has one."""
+        return self.diagnosis in (Diagnosis.FULL, Diagnosis.UNFIT)
+
+    @property
     def may_recover(self) -> bool:
         """Whether the next try may succeed in a moment, so that it is worth to wait for it."""
-        return self.is_full or self.is_young
+        return self.is_chance or self.is_young
 
     @property
     def outage_seconds(self) -> float | None:
@@ -115,7 +125,7 @@ class ConnectBackoff:
             self.outage_since = now if begun is None else begun
         elif diagnosis is not Diagnosis.OUTAGE:
             self.outage_since = None
-        self.is_full = diagnosis is Diagnosis.FULL
+        self.diagnosis = diagnosis
         longest = LONGEST_SHORT_PAUSE if self.may_recover else LONGEST_PAUSE
         self._pause = min(longest, self._pause * 2 or FIRST_PAUSE)
         pause = self._pause * random.uniform(1, 1 + JITTER)
@@ -125,7 +135,7 @@ class ConnectBackoff:
 
     def succeeded(self) -> float | None:
         """Forget the outage; return how long it was, if there was one."""
-        seconds, self.outage_since, self.is_full, self.is_doubted = self.outage_seconds, None, False, False
+        seconds, self.outage_since, self.diagnosis, self.is_doubted = self.outage_seconds, None, None, False
         self.error, self._pause, self._retry_at = None, 0.0, NEVER_YET
         self._proven_until = self._clock() + PROOF
         return seconds

@@ -317,7 +317,7 @@ class AbstractConnectionPool(ManagedPool):
             error = TooManyRequests(f"{self!r}: {self.settings.max_waiting} threads are waiting already")
         except Closed:
             error = PoolClosed(f"{self!r}")
-        except psycopg2.Error as failure:
+        except BaseException as failure:
             self._connections.note_failure(failure)
             raise
         self._connections.note_failure(error)

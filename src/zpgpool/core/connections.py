@@ -21,7 +21,6 @@ from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import STATUS_READY
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 
-from ..errors import one_line
 from ..settings import PoolSettings
 from .entry import BROKEN
 from .entry import CLOSED
@@ -172,7 +171,8 @@ class Connections(IdleConnections):
         """Judge an idle connection that is ours, until then; False when it was discarded."""
         settings, rested = self.settings, now - entry.since
         # A new one is for its first user even where the pool was drained meanwhile: otherwise there might be no end.
-        is_over = now >= entry.expires and not (entry.is_new and rested < FIRST_USE)
+        is_fresh = entry.is_new and rested < FIRST_USE
+        is_over = now >= entry.expires and not is_fresh
         if is_over or (settings.idle_timeout and rested > settings.idle_timeout):
             self.discard_later(entry, "too old")
         elif not entry.is_alive():
@@ -188,22 +188,21 @@ class Connections(IdleConnections):
             # the caller had too little time for an answer says nothing about them.
             if entry.patience <= until - now or monotonic() < until:
                 self.discard_parked("rested beside one that did not answer", now - settings.check_idle, is_dead=True)
-        elif settings.check is not None and not self._passes_check(entry, settings.check):
-            self.discard_dead(entry)
-        else:
+        elif settings.check is None or is_fresh:  # the opener has checked a new one
             return True
+        else:
+            return self._passes_check(entry, settings.check)
         return False
 
     def _passes_check(self, entry: Entry, check: Callable[[Connection], object]) -> bool:
+        why = "it was interrupted"  # and where that exception is kept, its traceback keeps the slot
         try:
-            check(entry.conn)
-        except Exception as error:
-            log.info("%s: check refused a connection: %s", self._notifier, one_line(error))
-            return False
-        except BaseException:  # where it is kept, its traceback keeps the slot
-            self.discard(entry, "check was interrupted")
-            raise
-        return entry.is_clean() or not entry.reset(None, self._set_up)
+            why = entry.refusal(check, self._set_up)
+        finally:
+            if why:
+                log.info("%s: check refused a connection: %s", self._notifier, why)
+                self.discard(entry, "check refused it", is_dead=True)
+        return not why
 
     def _publish(self, entry: Entry, begun: float, seconds: float) -> None:
         """Give a new connection, whose connect began then, to its first user, or let it rest."""
@@ -221,10 +220,10 @@ class Connections(IdleConnections):
             self.handoff.park(entry, entry)
             self.after_return()
 
-    def note_failure(self, error: psycopg2.Error) -> None:
+    def note_failure(self, error: BaseException) -> None:
         """Count a checkout that got no connection, and tell what its thread works on."""
         self.count(requests_errors=1)
-        if (work := current_work()) is not None:
+        if isinstance(error, psycopg2.Error) and (work := current_work()) is not None:
             work.failure = error
 
     # A return --------------------------------------------------------------------------------------------------------

@@ -231,6 +231,14 @@ class Entry(Slot):
         except Exception as error:
             return one_line(error)
 
+    def refusal(self, check: Callable[[Connection], object], set_up: Callable[[Connection], object]) -> str:
+        """Return why the user's `check` refuses it, or nothing; what the check leaves in the session is undone."""
+        try:
+            check(self.conn)
+        except Exception as error:
+            return one_line(error)
+        return "" if self.is_clean() else self.reset(None, set_up)
+
     def is_alive(self) -> bool:
         """Whether the server is at the other end, as far as the socket tells: no round trip.
 

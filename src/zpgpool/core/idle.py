@@ -104,7 +104,9 @@ class IdleConnections:
             staying = sum(slot.state in (OPEN, RETURNING) for slot in self.handoff.slots)
             spare = len(self._parked) - self.settings.minconn if self.settings.idle_timeout == 0 else 0
             if staying > self.settings.maxconn or spare > 0:
-                for key, entry in list(self._parked.items()):
+                # A copy: while `list(items())` makes its tuples, CPython 3.10 and 3.11 may collect garbage, and that a
+                # connection, which changes the dict.
+                for key, entry in self._parked.copy().items():
                     if self._claim(key, entry):
                         return entry
         return None
@@ -163,7 +165,7 @@ class IdleConnections:
         """Close the idle connections: all, or those that rest since then, or those `among` the given."""
         claimed = [
             entry
-            for key, entry in list(self._parked.items())
+            for key, entry in self._parked.copy().items()
             if entry.since <= rested_since and (among is None or entry in among) and self._claim(key, entry)
         ]
         self._discard_all(claimed, reason, is_dead, later)
@@ -178,7 +180,7 @@ class IdleConnections:
 
     def look_at_all(self) -> None:
         """Discard the idle connections whose server is gone: one look at all sockets, no round trip."""
-        parked = {entry.sock.fileno(): (key, entry) for key, entry in list(self._parked.items())}
+        parked = {entry.sock.fileno(): (key, entry) for key, entry in self._parked.copy().items()}
         poll = select.poll()
         for number in parked.keys() - {-1}:
             poll.register(number, select.POLLIN)

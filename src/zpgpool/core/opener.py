@@ -29,6 +29,7 @@ from .outage import diagnose
 from .outage import diagnose_code
 from .outage import Diagnosis
 from .outage import is_servers
+from .outage import Unfit
 from .session import check_two_phase
 from .session import set_up
 from .workers import Opening
@@ -175,6 +176,10 @@ class Opener:
             entry.begin(monotonic(), monotonic() - begun)
             if (self.backoff.is_doubted or self.backoff.outage_seconds is not None) and not entry.ping(PATIENCE):
                 raise psycopg2.OperationalError("it lets us connect, but does not answer")
+            check = self.settings.check
+            # Here, before the connect counts as one that succeeded: where all are refused, it is tried with pauses.
+            if check is not None and (why := entry.refusal(check, partial(set_up, settings=self.settings))):
+                raise Unfit(f"check refused a new connection: {why}")
             outage = self.backoff.succeeded()
             if outage is not None:
                 self._notifier.outage_ended(outage, len(self.handoff.queue))
@@ -195,8 +200,9 @@ class Opener:
                 self._notifier.failed(plain, seconds)
             # Waiting checkouts get the error, unless they wait for the server's return.
             is_untold = not self.handoff.queue or self.backoff.may_recover
-            # A server with too many clients takes one now and then: that is told once a minute.
-            is_news = not self.backoff.is_full or begun >= self._quiet_until
+            # A server with too many clients takes one now and then, a hook may raise each time: told once a minute.
+            is_outage = isinstance(plain, psycopg2.OperationalError) and not self.backoff.is_chance
+            is_news = is_outage or begun >= self._quiet_until
             if is_first and is_untold and is_news and not self.handoff.is_closed:
                 self._quiet_until = begun + QUIET
                 self._notifier.cannot_connect(plain, self.backoff.outage_wait if self.backoff.is_young else 0.0)
@@ -211,7 +217,9 @@ class Opener:
     def _note_failure(self, error: psycopg2.OperationalError, begun: float, is_connected: bool) -> None:
         """Find out what the error says, and remember it."""
         text = str(error)
-        if is_connected:  # what failed is the set-up of the session
+        if isinstance(error, Unfit):
+            diagnosis = Diagnosis.UNFIT
+        elif is_connected:  # what failed is the set-up of the session
             diagnosis = diagnose_code(error.pgcode)
         elif is_servers(text):
             diagnosis = self._diagnose(text)
@@ -242,7 +250,7 @@ class Opener:
             if is_servers_fault and all(state in (CONNECTING, CLOSING) for state in states):
                 self.handoff.fail(self.backoff.copy)
         else:
-            if waiter is not None and self.backoff.is_full and waiter.until <= monotonic():
+            if waiter is not None and self.backoff.is_chance and waiter.until <= monotonic():
                 self.handoff.fail(lambda: plain, waiter)  # it does not wait for other users
             self.handoff.shed(self.settings.max_waiting)  # they joined when room was to be had
         self.handoff.free(entry)

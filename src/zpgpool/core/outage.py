@@ -22,6 +22,12 @@ class Diagnosis(Enum):
     FULL = 2
     #: A wrong password, an unknown database: it stays until somebody fixes it.
     REFUSAL = 3
+    #: The user's `check` refuses the new connection: the next one may lead to a better server.
+    UNFIT = 4
+
+
+class Unfit(psycopg2.OperationalError):
+    """The user's `check` has refused a new connection."""
 
 
 TOO_MANY_CONNECTIONS = "53300"

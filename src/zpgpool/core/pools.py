@@ -283,7 +283,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def _take_out(self, conn: Connection | None, key: Hashable) -> Entry:
         """Remove what `key` holds, or what `conn` is under whatever key; refuse where they do not match."""
         with self._connections.lock:
-            for used_key, entry in [(key, self._used.get(key))] if key is not None else list(self._used.items()):
+            for used_key, entry in [(key, self._used.get(key))] if key is not None else self._used.copy().items():
                 if entry is None or isinstance(used_key, CheckoutKey):
                     continue
                 if entry.connection() is conn or (conn is None and key is not None):
@@ -346,7 +346,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
 
     def _remove_user(self, owner: Owner, entry: Entry) -> bool:
         with self._connections.lock:
-            for key, value in list(self._used.items()):
+            for key, value in self._used.copy().items():  # a copy: see `_claim_surplus`
                 # It may have been returned, and taken by another thread, since the caller saw it with this owner.
                 if value is entry and self._owner(entry) is owner:
                     return self._remove(key, entry)
@@ -365,7 +365,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
 
     def _on_lost(self, ref: weakref.ref[Connection]) -> None:
         # Under the reference itself; or in a checkout.
-        for key in (ref, *(key for key, entry in list(self._used.items()) if entry.ref is ref)):
+        for key in (ref, *(key for key, entry in self._used.copy().items() if entry.ref is ref)):
             entry = self._used.pop(key, None)
             if entry is not None:
                 entry.state = CLOSING

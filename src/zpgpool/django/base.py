@@ -85,7 +85,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         What is idle is closed now, and what others use when they return it, as without a pool.
         """
         database = _database_of(self.get_connection_params())
-        for key, pool in list(_pools.items()):
+        for key, pool in _pools.copy().items():
             if key[0] == database:
                 del _pools[key]
                 if query_pool(pool.name) is pool:

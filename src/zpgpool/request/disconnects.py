@@ -35,7 +35,7 @@ class Disconnects:
 
     def run_maintenance(self, now: float) -> float:
         """Cancel the queries of clients that have gone; return when to ask again (monotonic seconds)."""
-        for lease, has_gone in list(self._leases.items()):
+        for lease, has_gone in self._leases.copy().items():
             if lease.is_over:
                 self._leases.pop(lease, None)
             else:
