@@ -29,7 +29,7 @@ DASHBOARD = ROOT / "docs" / "deploy" / "grafana.json"
 #: Of each alert: a series of ours (every 15 s, for ten minutes) that fires it, and one that does not.
 SERIES = {
     "PoolRequestsWait": ("db_client_connection_pending_requests", "0 3x40", "0 3 0 2 0x40"),
-    "PoolTimeouts": ("db_client_connection_timeouts_total", "7x30 8x10", "7x40"),
+    "PoolRequestsFail": ("zpgpool_requests_errors_total", "7x30 8x10", "7x40"),
     "PoolNearlyFull": ('db_client_connection_count{state="used"}', "8x40", "8x20 3x20"),
     "PoolConnectsFail": ("zpgpool_connections_errors_total", "0x20 0+1x20", "5x40"),
     "PoolWaitsLong": ("db_client_connection_wait_time_seconds_bucket", "0+1x40", "0+10x40"),

@@ -127,6 +127,22 @@ def test_a_request_that_waited_too_long(make_pool: MakePool, told: list[Any]) ->
     pool.putconn(conn)
 
 
+def test_a_request_that_finds_too_many_waiting(make_pool: MakePool, told: list[Any]) -> None:
+    """The holders are looked up once a second: an overload refuses thousands in that time."""
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=5, max_waiting=0)
+    with pool.connection(), zpgpool.task("the import"):
+        for _ in range(2):
+            with pytest.raises(
+                zpgpool.TooManyRequests, match=r"Held by thread MainThread for .*, the import"
+            ) as caught:
+                pool.getconn()
+        until = pool._held_until
+        with pytest.raises(zpgpool.TooManyRequests):
+            pool.getconn()
+        assert pool._held_until == until
+    assert of(told, interfaces.IRequestRefused)[1].error is caught.value
+
+
 def test_a_leak_is_told_once(make_pool: MakePool, told: list[Any]) -> None:
     pool = make_pool(zpgpool.PersistentConnectionPool, leak_after=5)
     pool._timer = None

@@ -17,6 +17,7 @@ from .interfaces import IConnectionLeaked
 from .interfaces import IConnectionOpened
 from .interfaces import IOutageBegan
 from .interfaces import IOutageEnded
+from .interfaces import IRequestRefused
 from .interfaces import IRequestTimedOut
 
 
@@ -94,6 +95,15 @@ class RequestTimedOut(PoolEvent):
     def __init__(self, pool: ObservedPool, seconds: float, error: PoolError) -> None:
         super().__init__(pool)
         self.seconds = seconds
+        self.error = error
+
+
+@implementer(IRequestRefused)
+class RequestRefused(PoolEvent):
+    """See `IRequestRefused`."""
+
+    def __init__(self, pool: ObservedPool, error: PoolError) -> None:
+        super().__init__(pool)
         self.error = error
 
 

@@ -327,6 +327,12 @@ class IRequestTimedOut(IPoolEvent):
     error = Attribute("The `PoolTimeout` that it got; its message lists the holders of the connections.")
 
 
+class IRequestRefused(IPoolEvent):
+    """A checkout got no connection, because `max_waiting` others wait for one already."""
+
+    error = Attribute("The `TooManyRequests` that it got; its message lists the holders of a moment ago.")
+
+
 class IConnectionLeaked(IPoolEvent):
     """A connection is held for longer than `leak_after`. Told once for each time it is got."""
 

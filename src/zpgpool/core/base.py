@@ -42,12 +42,10 @@ from .entry import NEVER_YET
 from .handoff import Closed
 from .handoff import LOOK_AGAIN
 from .handoff import QueueFull
-from .lines import current_lines
 from .management import ManagedPool
 from .notifier import Notifier
 from .notifier import weakly
 from .owners import Checkout
-from .owners import Holder
 from .owners import LifeToken
 from .owners import OwnerLocal
 from .owners import refuse_greenlets
@@ -60,9 +58,6 @@ from .timer import timer as process_timer
 from .transactions import run_transaction
 from .users import MANY
 
-
-#: How many holders an error names, those that hold longest.
-NAMED = 10
 
 Self = TypeVar("Self", bound="AbstractConnectionPool")
 T = TypeVar("T")
@@ -314,7 +309,9 @@ class AbstractConnectionPool(ManagedPool):
             error = self._timed_out(timeout, monotonic() - start)
             self._notifier.timed_out(monotonic() - start, error)
         except QueueFull:
-            error = TooManyRequests(f"{self!r}: {self.settings.max_waiting} threads are waiting already")
+            waiting = f"{self.settings.max_waiting} threads are waiting already"
+            error = TooManyRequests(f"{self!r}: {waiting}. Held by {self._held_lately()}")
+            self._notifier.refused(error)
         except Closed:
             error = PoolClosed(f"{self!r}")
         except BaseException as failure:
@@ -328,16 +325,10 @@ class AbstractConnectionPool(ManagedPool):
 
     def _timed_out(self, timeout: float, waited: float) -> PoolTimeout:
         what = f"no connection came free within {waited:.1f} s" if timeout else "connection pool exhausted"
-        busy = sorted(self._busy(), key=lambda each: each[1].since)
-        now, lines = monotonic(), current_lines()
-        named = "; ".join(str(Holder.of(owner, entry, now, lines)) for owner, entry in busy[:NAMED])
-        more = f"; and {len(busy) - NAMED} more" if len(busy) > NAMED else ""
         outage = self.outage_seconds
         down = "" if outage is None else f" The server cannot be reached for {outage:.1f} s."
         full = " The server has too many clients (53300)." if self._connections.backoff.is_full else ""
-        return PoolTimeout(
-            f"{what}: {self!r}, {len(self._queue)} more waiting.{down}{full} Held by {named or 'nobody'}{more}"
-        )
+        return PoolTimeout(f"{what}: {self!r}, {len(self._queue)} more waiting.{down}{full} Held by {self._held_by()}")
 
     def _give_back(self, owner: ThreadOwner, entry: Entry, close: bool) -> None:
         """Park a connection that was taken out of the table, clean, where `owner` finds it; or discard it."""

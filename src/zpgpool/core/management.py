@@ -17,6 +17,7 @@ from ..errors import PoolError
 from ..interfaces import IObserver
 from ..settings import PoolSettings
 from .entry import Entry
+from .entry import NEVER_YET
 from .handoff import Ticket
 from .hangup import CANCEL
 from .hangup import cancel
@@ -32,6 +33,13 @@ from .watchdog import end_held_too_long
 from .watchdog import report_leaks
 
 
+#: How many holders a message names.
+NAMED = 10
+
+#: How old the holders may be that a refusal names, in seconds.
+LATELY = 1.0
+
+
 class ManagedPool(Users):
     """See `IPoolManagement` and `IPoolInternals`."""
 
@@ -45,6 +53,9 @@ class ManagedPool(Users):
     _queue: deque[Ticket[Entry]]
     _open_connection: Callable[..., Connection]
     _scrub: Callable[[str], str]
+    #: What `_held_lately` has found, and until when that is good (monotonic seconds).
+    _held: str = ""
+    _held_until: float = NEVER_YET
 
     @property
     def last_connect_error(self) -> psycopg2.Error | None:
@@ -66,6 +77,21 @@ class ManagedPool(Users):
         self.check_process()
         now, lines = monotonic(), current_lines()
         return [Holder.of(owner, entry, now, lines) for owner, entry in self._busy()]
+
+    def _held_by(self) -> str:
+        """Return who holds connections, the longest holding first, for a message."""
+        busy = sorted(self._busy(), key=lambda each: each[1].since)
+        now, lines = monotonic(), current_lines()
+        named = "; ".join(str(Holder.of(owner, entry, now, lines)) for owner, entry in busy[:NAMED])
+        more = f"; and {len(busy) - NAMED} more" if len(busy) > NAMED else ""
+        return f"{named or 'nobody'}{more}"
+
+    def _held_lately(self) -> str:
+        """Return the same, at most a second old: an overload refuses thousands of checkouts in that time."""
+        now = monotonic()
+        if now >= self._held_until:
+            self._held, self._held_until = self._held_by(), now + LATELY
+        return self._held
 
     def backend_pids(self) -> list[int]:
         """See `IPoolInternals`."""

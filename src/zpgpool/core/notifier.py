@@ -23,6 +23,7 @@ from ..events import notify
 from ..events import OutageBegan
 from ..events import OutageEnded
 from ..events import PoolEvent
+from ..events import RequestRefused
 from ..events import RequestTimedOut
 from ..interfaces import IObserver
 
@@ -81,6 +82,10 @@ class Notifier:
     def timed_out(self, seconds: float, error: PoolError) -> None:
         """Tell of a checkout that was given up."""
         self._tell(RequestTimedOut, seconds, error)
+
+    def refused(self, error: PoolError) -> None:
+        """Tell of a checkout that found too many others in the queue."""
+        self._tell(RequestRefused, error)
 
     def leaked(self, holder: Holder) -> None:
         """Tell of a connection that is held for long."""

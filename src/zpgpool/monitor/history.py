@@ -29,6 +29,7 @@ from ..events import ConnectionLeaked
 from ..events import ConnectionOpened
 from ..events import OutageEnded
 from ..events import PoolEvent
+from ..events import RequestRefused
 from ..events import RequestTimedOut
 from ..interfaces import IObserver
 from ..interfaces import IPoolInternals
@@ -54,7 +55,7 @@ UNSENT = 100_000
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 #: Those in a row are one incident, with the last one's text, which lists the current holders.
-TIMED_OUT = "timed out"
+TIMED_OUT, REFUSED = "timed out", "refused"
 
 #: Which ends of a connection are worth a incident, and its kind.
 ENDS = {
@@ -168,6 +169,8 @@ class History:
                 with _lock:
                     self.timeouts += 1
                 self._tell(TIMED_OUT, str(event.error))
+            case RequestRefused():
+                self._tell(REFUSED, str(event.error))
             case ConnectionLeaked():
                 self._tell("held for long", str(event.holder))
             case ConnectionClosed() if event.reason in ENDS:
@@ -176,7 +179,7 @@ class History:
     def _tell(self, kind: str, text: str) -> None:
         now = time.time()
         last = self.incidents[-1] if self.incidents else None
-        if last is not None and last.kind == kind and (last.text == text or kind == TIMED_OUT):
+        if last is not None and last.kind == kind and (last.text == text or kind in (TIMED_OUT, REFUSED)):
             last.at, last.text, last.count = now, text, last.count + 1
         else:
             self.incidents.append(Incident(now, kind, text))
