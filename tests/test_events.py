@@ -132,9 +132,7 @@ def test_a_request_that_finds_too_many_waiting(make_pool: MakePool, told: list[A
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=5, max_waiting=0)
     with pool.connection(), zpgpool.task("the import"):
         for _ in range(2):
-            with pytest.raises(
-                zpgpool.TooManyRequests, match=r"Held by thread MainThread for .*, the import"
-            ) as caught:
+            with pytest.raises(zpgpool.TooManyRequests, match=r"Held by .* \(the import, ") as caught:
                 pool.getconn()
         until = pool._held_until
         with pytest.raises(zpgpool.TooManyRequests):
