@@ -316,6 +316,21 @@ class TestTheEnd:
         assert [client.get(path).status_code for path in ("/add/2", "/pid", "/none")] == [200, 200, 404]
         assert caplog.records == []
 
+    @pytest.mark.parametrize("how", ["raise", "abort"])
+    def test_nor_that_of_an_error_page(self, app: Flask, how: str) -> None:
+        @app.route("/fail")
+        def fail() -> str:
+            run(get_connection(), "SELECT 1")
+            abort(404) if how == "abort" else 1 / 0
+            return ""
+
+        app.logger.disabled = True
+        client = app.test_client()
+        kept = [client.get("/fail") for _ in range(3)]
+        assert [each.status_code for each in kept] == [404 if how == "abort" else 500] * 3
+        [(_, pool)] = app.extensions["zpgpool"].getUtilitiesFor(IConnectionPool)
+        assert pool.holders() == []
+
     def test_functions_at_the_close_of_a_body_run_there(self, app: Flask) -> None:
         calls = []
 

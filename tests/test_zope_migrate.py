@@ -100,6 +100,14 @@ def migrate(zope: Instance, *args: str) -> str:
     return zope.run("zpgpool", "zope-migrate", str(zope.path / "etc" / "zope.conf"), *args)
 
 
+def fail(zope: Instance, *args: str) -> str:
+    """Return what the command says when it fails."""
+    command = [sys.executable, "-m", "zpgpool", "zope-migrate", str(zope.path / "etc" / "zope.conf"), *args]
+    failed = subprocess.run(command, env=zope.environ, capture_output=True, text=True)
+    assert failed.returncode == 1
+    return failed.stderr.splitlines(keepends=True)[-1]
+
+
 POOLS = ["--pool", "main", "--pool", "/shop/archive=old"]
 
 
@@ -143,13 +151,24 @@ def without_none(told: Any) -> Any:
 
 def test_a_pool_that_is_different_is_refused(zope: Instance) -> None:
     before = look(zope)
-    shown = migrate(zope, "--pool", "loose")
-    assert "pool 'loose' has isolation_level='the default', not 'repeatable read'" in shown
-    assert "no pool is registered as 'elsewhere' here" in migrate(zope, "--pool", "elsewhere")
-    command = [sys.executable, "-m", "zpgpool", "zope-migrate", str(zope.path / "etc" / "zope.conf"), "--yes"]
-    failed = subprocess.run([*command, "--pool", "loose"], env=zope.environ, capture_output=True, text=True)
-    assert (failed.returncode, "not 'repeatable read'" in failed.stderr) == (1, True)
+    for args, words in (
+        (["--pool", "loose"], "pool 'loose' has isolation_level='the default', not 'repeatable read'"),
+        (["--pool", "elsewhere"], "no pool is registered as 'elsewhere' here: if the filter makes it, say --any-pool"),
+        ([*POOLS, "--pool", "shop=main"], "--pool shop=main: no connection object of ZPsycopgDA is there, or below"),
+    ):
+        for more in ([], ["--yes"]):
+            assert words in fail(zope, *args, *more)
+    assert "5 objects; nothing was changed: --yes" in migrate(zope, "--pool", "elsewhere", "--any-pool")
     assert look(zope) == before
+
+
+def test_an_object_that_reads_the_environment(zope: Instance) -> None:
+    zope.run_script("app.db.connection_string = 'ENV:BOOKS_DSN'; import transaction; transaction.commit()")
+    assert "/db\n    ENV:BOOKS_DSN: by pool 'main'\n" in migrate(zope, *POOLS)
+    del zope.environ["BOOKS_DSN"]
+    said = fail(zope, *POOLS)
+    assert "option 'dsn': the environment has no variable 'BOOKS_DSN'" in said
+    assert said.endswith("(the command needs the site's environment)\n")
 
 
 def test_the_site_must_be_stopped(zope: Instance) -> None:

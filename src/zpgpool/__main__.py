@@ -57,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="[PATH=]NAME",
-        help="the pool for all, or for those below a path (the unnamed one)",
+        help="the pool for all, or for those at a path or below (the unnamed one)",
+    )
+    migrate.add_argument(
+        "--any-pool",
+        action="store_true",
+        help="take pools that are not registered here, as those that the filter makes",
     )
     migrate.add_argument("--back", action="store_true", help="go back to Products.ZPsycopgDA")
     migrate.add_argument("--yes", action="store_true", help="do it")

@@ -96,6 +96,8 @@ def init_app(app: flask.Flask) -> None:
     @app.after_request
     def commit_leases(response: flask.Response) -> flask.Response:
         environ = request.environ
+        if response.status_code >= 400 and response.content_length is not None:
+            response.make_sequence()  # an error's page, which werkzeug brings as an iterator of what is there already
         environ[COMPLETE] = not response.is_streamed
         if response.status_code < 400 and convert_with(flag, "ZPGPOOL_COMMIT", app.config["ZPGPOOL_COMMIT"]):
             for lease in _leases(environ, keys):

@@ -19,6 +19,7 @@ from psycopg2.extensions import make_dsn
 from psycopg2.extensions import parse_dsn
 
 from ..errors import CommandError
+from ..errors import one_line
 from ..registry import query_pool
 from . import Connection
 
@@ -49,23 +50,31 @@ def migrate(args: argparse.Namespace) -> None:
     pools = dict(_read_pool(each) for each in args.pool)
     their_class, app = _open_site(args.conf)
     found = list(_find(app, Connection.meta_type if args.back else META_TYPE))
-    if args.back:
-        found = [each for each in found if hasattr(each.object, "migrated")]
     problems = []
+    if args.back:
+        for each in [each for each in found if not hasattr(each.object, "migrated")]:
+            print(f"{each.path}\n    stays: it never was one of ZPsycopgDA's")
+            found.remove(each)
+    else:
+        problems = [
+            f"--pool {path}={name}: no connection object of ZPsycopgDA is there, or below"
+            for path, name in pools.items()
+            if path and found and not any(f"{each.path}/".startswith(f"{path}/") for each in found)
+        ]
     for each in found:
         if args.back:
             print(f"{each.path}\n    back to {_without_password(each.object.migrated['connection_string'])}")
             continue
         name = _pool_of(each.path, pools)
         print(f"{each.path}\n    {_without_password(each.object.connection_string)}: by pool {name!r}")
-        needs, problem = _compare(each.object, name)
+        needs, problem = _compare(each.object, name, args.any_pool)
         print("\n".join(f"    {line}" for line in [needs, problem] if line))
         problems += [f"{each.path}: {problem}"] if problem else []
+    if problems:
+        raise CommandError(f"nothing was changed: {'; '.join(problems)}")
     if not args.yes:
         print(f"{len(found)} objects; nothing was changed: --yes does it")
         return
-    if problems:
-        raise CommandError("; ".join(problems))
     for each in found:
         new = _back(each.object, their_class) if args.back else _forth(each.object, _pool_of(each.path, pools))
         _replace(each, new)
@@ -102,6 +111,10 @@ def _open_site(conf: str) -> tuple[type[Any], Any]:
         make_wsgi_app({}, conf)
     except LockError:
         raise CommandError("the site's ZODB is in use: stop the site first") from None
+    except Exception as error:  # whatever its products raise
+        raise CommandError(
+            f"the site of {conf} cannot be opened: {one_line(error)} (the command needs the site's environment)"
+        ) from None
     return TheirConnection, Zope2.app()
 
 
@@ -113,8 +126,8 @@ def _find(folder: Any, meta_type: str, path: str = "") -> Iterator[Found]:
             yield from _find(each, meta_type, f"{path}/{id}")
 
 
-def _compare(theirs: Any, name: str) -> tuple[str, str]:
-    """Return what the pool needs to do the same, and why it does not, as far as that is known here."""
+def _compare(theirs: Any, name: str, any_pool: bool) -> tuple[str, str]:
+    """Return what the pool needs to do the same, and why it does not; `any_pool`: it need not be registered here."""
     level = LEVELS.get(theirs.tilevel)
     if level is None:
         return "", "it does autocommit, which no transaction can: leave it, or change its isolation level"
@@ -123,7 +136,10 @@ def _compare(theirs: Any, name: str) -> tuple[str, str]:
         needs += f' client_encoding="{theirs.encoding}"'
     pool = query_pool(name)
     if pool is None:
-        return needs + f"; no pool is registered as {name!r} here: does the filter make it?", ""
+        return (
+            needs,
+            "" if any_pool else f"no pool is registered as {name!r} here: if the filter makes it, say --any-pool",
+        )
     has = (pool.settings.isolation_level or "the default").lower()
     return needs, "" if has == level else f"pool {name!r} has isolation_level={has!r}, not {level!r}"
 
@@ -158,6 +174,8 @@ def _replace(found: Found, new: object) -> None:
 
 
 def _without_password(dsn: str) -> str:
+    if dsn.startswith("ENV:"):  # a name only, which ZPsycopgDA reads as we do
+        return dsn
     try:
         return str(make_dsn(**{key: value for key, value in parse_dsn(dsn).items() if key != "password"}))
     except psycopg2.Error:
