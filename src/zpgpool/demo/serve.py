@@ -109,6 +109,8 @@ def _serve(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     dispatcher.shutdown = partial(dispatcher.shutdown, timeout=1)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    if DemoApp.own_server is not None:
+        print(f"Its PostgreSQL: psql '{dsn}'")
     print(f"Serving on http://{shown}:{port}/  (Ctrl-C stops it)", flush=True)
     server.run()
 

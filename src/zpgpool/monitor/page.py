@@ -293,10 +293,15 @@ def _incident(incident: Json) -> Row:
     )
 
 
-def _line(line: str) -> str:
+def short(line: str) -> str:
+    """Return the innermost line of the user's code with the end of its path."""
     users, _, _ = line.partition(", inside ")
     path, _, rest = users.rpartition(":")
-    return f'<code title="{_e(line)}">{_e("/".join([*path.split("/")[-2:]]) + ":" + rest if path else users)}</code>'
+    return "/".join([*path.split("/")[-2:]]) + ":" + rest if path else users
+
+
+def _line(line: str) -> str:
+    return f'<code title="{_e(line)}">{_e(short(line))}</code>'
 
 
 def _more(text: str) -> str:

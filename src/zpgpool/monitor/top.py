@@ -19,6 +19,7 @@ from .ask import ask_all
 from .folder import Folder
 from .page import blockers
 from .page import seconds
+from .page import short
 from .page import sums
 from .page import verdict
 from .remote import fetch
@@ -213,7 +214,7 @@ def _who(each: Json) -> tuple[str, ...]:
 
 
 def _holder(holder: Json) -> tuple[str, ...]:
-    return *_who(holder), holder["status"], _server(holder), holder["line"]
+    return *_who(holder), holder["status"], _server(holder), short(holder["line"])
 
 
 def _server(holder: Json) -> str:
