@@ -781,3 +781,115 @@ def shift_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     now = vars(zpgpool.core.pools)["monotonic"]
     for module in ("base", "pools", "connections", "idle", "opener"):
         monkeypatch.setattr(f"zpgpool.core.{module}.monotonic", lambda: now() + seconds)
+
+
+class TestWhatTestsOfOtherPoolsSay:
+    """Sentences of the suites of psycopg_pool and SQLAlchemy that are kept; docs/moving.rst has those that are not."""
+
+    @over(OURS)
+    def test_a_block_of_the_pool_closes_it(self, make: MakePool, outside: Outside) -> None:
+        with make(1, 2, idle_timeout=60) as pool:
+            pool.putconn(pool.getconn())
+        with pytest.raises(ZeroDivisionError), make(1, 2) as other:
+            1 / 0  # noqa: B018  # it is to raise
+        assert (pool.closed, other.closed) == (True, True)
+        eventually(lambda: not outside.backends())
+
+    @over(OURS)
+    def test_open_and_wait_of_a_closed_pool_raise(self, make: MakePool) -> None:
+        pool = make(1, 2, idle_timeout=60)
+        pool.open()
+        pool.open()
+        pool.wait(0)
+        pool.closeall()
+        for method in (pool.open, pool.wait):
+            with pytest.raises(zpgpool.PoolClosed):
+                method()
+
+    @over(OURS)
+    def test_a_block_that_outlives_its_pool_ends_quietly(self, make: MakePool, outside: Outside) -> None:
+        pool = make(0, 2)
+        with pool.connection() as conn:
+            pool.closeall()
+        assert conn.closed
+        assert outside.backends() == set()
+
+    @over(OURS)
+    def test_another_pools_connection_stays_that_ones(self, make: MakePool) -> None:
+        pool, other = make(0, 2, idle_timeout=60), make(0, 2, idle_timeout=60)
+        conn = other.getconn()
+        with pytest.raises(zpgpool.PoolError, match="was it returned before"):
+            pool.putconn(conn)
+        assert run(conn, "SELECT 1") == 1
+        other.putconn(conn)
+        assert [each.get_stats()["pool_available"] for each in (pool, other)] == [0, 1]
+
+    @over(SHARED)
+    def test_sizes_at_rest_in_use_and_with_a_queue(self, make: MakePool) -> None:
+        names = ("pool_size", "pool_available", "requests_waiting")
+        pool = make(2, 4, idle_timeout=60, timeout=20)
+        go = threading.Event()
+        pool.wait()
+
+        def sizes() -> tuple[int, ...]:
+            stats = pool.get_stats()
+            return tuple(stats[name] for name in names)
+
+        def use() -> None:
+            with pool.connection():
+                assert go.wait(20)
+
+        assert sizes() == (2, 2, 0)
+        calls = [Call(use) for _ in range(3)]
+        eventually(lambda: sizes() == (3, 0, 0))
+        calls += [Call(use) for _ in range(4)]
+        eventually(lambda: sizes() == (4, 0, 3))
+        go.set()
+        for call in calls:
+            call.result()
+        eventually(lambda: sizes()[1:] == (4, 0))
+
+    @over(OURS)
+    def test_configure_runs_once_for_each_connection(self, make: MakePool) -> None:
+        configured: list[object] = []
+        pool = make(0, 2, idle_timeout=60, configure=configured.append)
+        for close in (False, False, True, False):
+            pool.putconn(pool.getconn(), close=close)
+        assert len(configured) == 2
+
+    @over(SHARED)
+    def test_one_connection_serves_all_that_wait_before_it_is_closed(self, make: MakePool, outside: Outside) -> None:
+        pool = make(0, 1, timeout=20)  # idle_timeout=0: what nobody wants is closed
+        conn = pool.getconn()
+        calls = [Call(use_and_tell, pool) for _ in range(5)]
+        eventually(lambda: len(pool.waiters()) == 5)
+        pid = conn.info.backend_pid
+        pool.putconn(conn)
+        assert [call.result() for call in calls] == [pid] * 5
+        eventually(lambda: outside.backends() == set())
+
+    @over(SHARED)
+    @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+    def test_a_configure_that_ends_in_an_exit_gives_its_place_back(self, make: MakePool, error: Any) -> None:
+        def configure(conn: Any) -> None:
+            if not raised:
+                raised.append(error("stop"))
+                raise raised[0]
+
+        raised: list[BaseException] = []
+        pool = make(0, 1, timeout=20, configure=configure)
+        with pytest.raises(error):
+            pool.getconn()
+        pool.putconn(pool.getconn())
+
+    @over(SHARED)
+    def test_a_full_queue_names_the_pool_and_counts(self, make: MakePool) -> None:
+        pool = make(0, 1, timeout=20, max_waiting=0, name="main")
+        with pool.connection(), pytest.raises(zpgpool.TooManyRequests, match="'main'"):
+            in_thread(pool.getconn)
+        assert pool.get_stats()["requests_errors"] == 1
+
+
+def use_and_tell(pool: Any) -> int:
+    with pool.connection() as conn:
+        return int(conn.info.backend_pid)
