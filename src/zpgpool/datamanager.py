@@ -67,7 +67,7 @@ def get_connection(
     return manager.join(txn)
 
 
-#: The name of before; it stays.
+#: The same as `get_connection`, under its first name.
 connection = get_connection
 
 

@@ -270,7 +270,7 @@ class PoolSettings:
     hold_limit: float | None = row(
         optional(interval), None, "seconds", "cancel the query and close the connection when it is held this long"
     )
-    name: str = row(text, "", "text", "the pool's name in logs and messages, and as a utility")
+    name: str = row(text, "", "text", "the pool's name in messages, and by which code asks for it")
 
     def __post_init__(self) -> None:
         for name in TABLE:
