@@ -252,6 +252,9 @@ class TestSettings:
             ({"own": {"host": "x"}}, "option 'host' belongs into OPTIONS itself, or is one of Django's own"),
             ({"options": {"timeout": 3}}, r"option 'timeout' belongs into OPTIONS\['zpgpool'\]"),
             ({"options": {"hots": 3}}, "unknown option 'hots'"),
+            ({"own": {"timeout": [1]}}, "option 'timeout': expected a number"),
+            ({"own": 8}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, got 8"),
+            ({"own": None}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, got None"),
         ]
         for options, message in cases:
             databases(default={**options, "PASSWORD": SECRET})

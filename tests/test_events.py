@@ -20,6 +20,7 @@ from zope.interface.verify import verifyObject
 import zpgpool
 from conftest import eventually
 from conftest import in_thread
+from conftest import KINDS
 from conftest import Outside
 from conftest import run
 from zpgpool import interfaces
@@ -139,6 +140,23 @@ def test_a_request_that_finds_too_many_waiting(make_pool: MakePool, told: list[A
             pool.getconn()
         assert pool._held_until == until
     assert of(told, interfaces.IRequestRefused)[1].error is caught.value
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("close", [False, True])
+def test_a_connection_that_is_lost_in_use(
+    make_pool: MakePool, told: list[Any], outside: Outside, kind: Any, close: bool
+) -> None:
+    pool = make_pool(kind, 0, 1, idle_timeout=60)
+    conn = pool.getconn()
+    outside.terminate(conn.info.backend_pid)
+    with pytest.raises(psycopg2.Error):
+        run(conn, "SELECT 1")
+    pool.putconn(conn, close=close)
+    [event] = of(told, interfaces.IConnectionClosed)
+    assert event.reason == "the server has gone"
+    stats = pool.get_stats()
+    assert (stats["returns_bad"], stats["connections_lost"]) == (1, 0)
 
 
 def test_a_leak_is_told_once(make_pool: MakePool, told: list[Any]) -> None:

@@ -168,6 +168,8 @@ class TestWhereConnectionsComeFrom:
     def test_status_tells_how_many(self, engine: Any) -> None:
         with engine.connect():
             assert "0 idle of 1 open, at most 3" in engine.pool.status()
+            pool = engine.pool
+            assert (pool.size(), pool.checkedin(), pool.checkedout(), pool.overflow()) == (3, 0, 1, 0)
 
 
 class TestWithoutAConnection:

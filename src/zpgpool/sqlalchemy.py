@@ -197,6 +197,23 @@ class _Pool(sqlalchemy.pool.Pool):
             _dispatch=self.dispatch,
         )
 
+    def size(self) -> int:
+        """Return how many connections there may be, as `QueuePool` has it."""
+        return self.source.maxconn
+
+    def checkedin(self) -> int:
+        """Return how many connections are idle."""
+        return self.source.get_stats()["pool_available"]
+
+    def checkedout(self) -> int:
+        """Return how many connections are in use, by whichever engine."""
+        stats = self.source.get_stats()
+        return stats["pool_size"] - stats["pool_available"]
+
+    def overflow(self) -> int:
+        """Return 0: there is never one above `size()`."""
+        return 0
+
     def status(self) -> str:
         """Return how many connections there are, and how many may be."""
         return repr(self.source)

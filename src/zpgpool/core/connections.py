@@ -252,7 +252,8 @@ class Connections(IdleConnections):
     def clean(self, entry: Entry, close: bool) -> bool:
         """Make a returned connection clean; False when it was discarded instead."""
         now = monotonic()
-        if entry.conn.closed == BROKEN and now < entry.expires:  # else we have ended it ourselves
+        is_lost = entry.conn.closed == BROKEN and now < entry.expires  # else we have ended it ourselves
+        if is_lost:
             self._tell_lost()
         if self._notifier.observers:
             self._notifier.used(now - entry.since)
@@ -260,7 +261,10 @@ class Connections(IdleConnections):
         reason = "it could not be made clean"
         is_clean = False
         try:
-            if close:
+            if is_lost:
+                reason = "the server has gone"
+                self.count(returns_bad=1)
+            elif close:
                 reason = "its user asked for it"
             elif now >= entry.expires:
                 reason = "too old"

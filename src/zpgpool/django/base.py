@@ -5,6 +5,8 @@ Django closes its connection at the end of each request, which here returns it t
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain
 from itertools import count
@@ -157,6 +159,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     def _make_pool(self, parameters: Options, own: Options) -> ThreadedConnectionPool:
         try:
+            if not isinstance(own, Mapping):
+                raise SettingError(f"OPTIONS['zpgpool']: expected a mapping of the pool's options, got {own!r}")
             if misplaced := sorted(TABLE.keys() & parameters.keys()):
                 raise SettingError(f"option {misplaced[0]!r} belongs into OPTIONS['zpgpool']")
             settings, libpq = read_options(own)
@@ -191,5 +195,8 @@ def _database_of(parameters: Options) -> tuple[object, ...]:
     return tuple(parameters.get(name) for name in ("service", "host", "port", "dbname"))
 
 
-def _freeze(options: Options) -> frozenset[tuple[str, object]]:
-    return frozenset(options.items())
+def _freeze(options: object) -> Hashable:
+    """Return what is equal for equal options, whatever somebody has put there."""
+    if isinstance(options, Mapping):
+        return frozenset((name, _freeze(value)) for name, value in options.items())
+    return options if isinstance(options, Hashable) else repr(options)
