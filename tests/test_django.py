@@ -254,7 +254,6 @@ class TestSettings:
             ({"options": {"hots": 3}}, "unknown option 'hots'"),
             ({"own": {"timeout": [1]}}, "option 'timeout': expected a number"),
             ({"own": 8}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, got 8"),
-            ({"own": None}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, got None"),
         ]
         for options, message in cases:
             databases(default={**options, "PASSWORD": SECRET})
