@@ -7,6 +7,7 @@ after the other, many short rounds; told are medians, and the median of each rou
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import statistics
@@ -31,13 +32,17 @@ RUNS = 3
 
 @dataclass
 class Figure:
-    """What one peer was measured at: a median, its quartiles, and the median of its ratios to the reference."""
+    """What one peer was measured at: a median, its quartiles, and the median of its ratios to the reference.
+
+    between -- the interval in which that median lies with 95 % certainty, whatever the ratios' distribution is.
+    """
 
     peer: str
     value: float
     low: float
     high: float
     ratio: float | None = None
+    between: list[float] = field(default_factory=list)
     more: dict[str, float] = field(default_factory=dict)
     #: Moments of what is counted, in seconds since the beginning.
     marks: list[float] = field(default_factory=list)
@@ -91,8 +96,18 @@ def compare(
     for peer, values in found.items():
         ratios = [value / other for value, other in zip(values, found[reference], strict=True)]
         low, _, high = statistics.quantiles(values, n=4)
-        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios)))
+        between = median_interval(ratios)
+        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios), between))
     return tell(Question(name, title, unit, figures, reference, is_less_better, note))
+
+
+def median_interval(values: list[float]) -> list[float]:
+    """Return the ends of the 95 % interval of the median, two of the values; nothing where they are too few."""
+    ordered, count = sorted(values), len(values)
+    # The median is below the k-th value with the chance that fewer than k of `count` tosses of a coin are heads.
+    chance = [math.comb(count, heads) / 2**count for heads in range(count + 1)]
+    outside = next((rank for rank in range(count // 2, -1, -1) if 2 * sum(chance[: rank + 1]) <= 0.05), None)
+    return [] if outside is None else [ordered[outside], ordered[-1 - outside]]
 
 
 def tell(question: Question) -> Question:
@@ -101,6 +116,7 @@ def tell(question: Question) -> Question:
     question.figures.sort(key=lambda figure: figure.value, reverse=not question.is_less_better)
     for figure in question.figures:
         ratio = "" if figure.ratio is None else f"{figure.ratio:6.2f} x {question.reference}"
+        ratio += f" ({figure.between[0]:.2f} to {figure.between[1]:.2f})" if figure.between else ""
         more = "  ".join(f"{name} {value:,.4g}" for name, value in figure.more.items())
         say(f"  {figure.peer:28} {figure.value:10.2f} {question.unit:12} {ratio}  {more}".rstrip())
     return question

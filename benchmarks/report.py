@@ -87,7 +87,8 @@ def table(question: Question) -> list[str]:
     lines += _row(head)
     for figure in question.figures:
         cells = [figure.peer, f"{figure.value:,.4g}", f"{figure.low:,.4g} to {figure.high:,.4g}"]
-        cells += [f"{figure.ratio:.2f}" if figure.ratio is not None else ""] if has_ratio else []
+        between = f" ({figure.between[0]:.2f} to {figure.between[1]:.2f})" if figure.between else ""
+        cells += [f"{figure.ratio:.2f}{between}" if figure.ratio is not None else ""] if has_ratio else []
         cells += [f"{figure.more[name]:,.4g}" if name in figure.more else "" for name in more]
         lines += _row(cells)
     notes = [note for note in (question.note, _order(question)) if note]

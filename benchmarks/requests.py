@@ -15,31 +15,43 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+
+import psycopg2
+import psycopg2.extensions
 
 from benchmarks.harness import compare
 from benchmarks.harness import Question
 from benchmarks.harness import QUICK
 from benchmarks.harness import say
+from benchmarks.wire import Wire
 
 
 SECONDS = 1
-ROUNDS = 5
+ROUNDS = 15
 CLIENTS = 16
+
+#: How long a packet takes over the wire, in seconds.
+WIRE = 0.0005
 
 WAYS = [
     "limit",
     "limit autocommit",
     "zpgpool persistent",
     "zpgpool persistent autocommit",
+    "zpgpool persistent safe",
     "zpgpool threaded",
     "psycopg2.pool",
-    "psycopg2-pool",
     "psycopg_pool",
     "SQLAlchemy",
-    "DBUtils PersistentDB",
-    "connect per request",
 ]
+
+#: Asked once: each costs a quarter of a minute for each question.
+OTHERS = ["psycopg2-pool", "DBUtils PersistentDB", "connect per request"]
+
+#: What `/proc/PID/stat` counts in.
+TICK = os.sysconf("SC_CLK_TCK")
 
 #: What wrk prints in, as milliseconds.
 UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
@@ -53,10 +65,20 @@ class Site:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
-        self.latencies: dict[str, list[float]] = {"p50 ms": [], "p99 ms": []}
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was measured."""
+        #: Latencies, and the processor's time that each request took.
+        self.more: dict[str, list[float]] = {"p50 ms": [], "p99 ms": [], "CPU µs": []}
+
+    def _processor_time(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICK
 
     def ask(self, path: str, processor: int) -> float:
         """Return the requests per second of one round."""
+        before = self._processor_time()
         output = subprocess.check_output(
             ["taskset", "-c", str(processor), "wrk", "-t1", f"-c{CLIENTS}", f"-d{SECONDS}s", "--latency",
              f"http://127.0.0.1:{self.port}{path}"],
@@ -65,7 +87,10 @@ class Site:
         for name, label in (("p50 ms", "50%"), ("p99 ms", "99%")):
             found = re.search(rf"{label}\s+([\d.]+)(us|ms|s)", output)
             assert found is not None, output
-            self.latencies[name].append(float(found[1]) * UNITS[found[2]])
+            self.more[name].append(float(found[1]) * UNITS[found[2]])
+        count = re.search(r"(\d+) requests in", output)
+        assert count is not None, output
+        self.more["CPU µs"].append((self._processor_time() - before) / int(count[1]) * 1e6)
         rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
         assert rate is not None, output
         assert "Non-2xx" not in output, output
@@ -79,15 +104,17 @@ class Site:
         self._process.wait()
 
 
-def page(dsn: str, path: str, threads: int, title: str, ways: list[str], is_pinned: bool = True) -> Question:
+def page(
+    dsn: str, path: str, threads: int, title: str, ways: list[str], is_pinned: bool = True, name: str = ""
+) -> Question:
     """Compare the ways at one page."""
     last = (os.cpu_count() or 1) - 1
     with ExitStack() as stack:
         sites = {way: stack.enter_context(Site(way, dsn, threads, 0 if is_pinned else -1)) for way in ways}
         for site in sites.values():
             site.ask(path, last)
-            site.latencies = {name: [] for name in site.latencies}
-        name = f"wsgi{path.replace('/', '-')}-{threads}{'' if is_pinned else '-unpinned'}"
+            site.forget()
+        name = name or f"wsgi{path.replace('/', '-')}-{threads}{'' if is_pinned else '-unpinned'}"
         question = compare(
             name,
             f"waitress, {threads} threads, {title}",
@@ -95,10 +122,10 @@ def page(dsn: str, path: str, threads: int, title: str, ways: list[str], is_pinn
             {way: lambda site=site: site.ask(path, last) for way, site in sites.items()},
             ways[0],
             is_less_better=False,
-            rounds=ROUNDS,
+            rounds=3 if QUICK else ROUNDS,
         )
         for figure in question.figures:
-            for label, values in sites[figure.peer].latencies.items():
+            for label, values in sites[figure.peer].more.items():
                 figure.more[label] = sorted(values)[len(values) // 2]
     return question
 
@@ -147,13 +174,22 @@ def all_of(server: Any) -> list[Question]:
         say(f"\nNo requests measured: {missing[0]} is missing (apt-get install wrk util-linux)")
         return []
     few = WAYS[:3]
-    if QUICK:
-        return [page(server.dsn, "/one", 4, "one SELECT 1", few), watching(server.dsn)]
-    return [
-        watching(server.dsn),
-        page(server.dsn, "/one", 4, "one SELECT 1", WAYS),
-        page(server.dsn, "/one", 16, "one SELECT 1", WAYS),
-        page(server.dsn, "/page", 4, "a page of 20 rows", WAYS),
-        page(server.dsn, "/none", 4, "a page without the database", few),
-        page(server.dsn, "/one", 4, "one SELECT 1, not pinned to a processor", few, is_pinned=False),
-    ]
+    with Wire(server.port, WIRE) as wire:
+        far = psycopg2.extensions.make_dsn(server.dsn, host="127.0.0.1", port=wire.port)
+        wired = f"one SELECT 1 over a wire of {WIRE * 1000:g} ms each way"
+        if QUICK:
+            return [
+                page(server.dsn, "/one", 4, "one SELECT 1", few),
+                page(far, "/one", 4, wired, few, name="wsgi-one-4-wire"),
+                watching(server.dsn),
+            ]
+        return [
+            watching(server.dsn),
+            page(server.dsn, "/one", 4, "one SELECT 1", [*WAYS, *OTHERS]),
+            page(server.dsn, "/one", 16, "one SELECT 1", WAYS),
+            page(server.dsn, "/page", 4, "a page of 20 rows", WAYS),
+            page(server.dsn, "/none", 4, "a page without the database", few),
+            page(server.dsn, "/one", 4, "one SELECT 1, not pinned to a processor", WAYS, is_pinned=False),
+            page(server.dsn, "/one", 16, "one SELECT 1, not pinned to a processor", WAYS, is_pinned=False),
+            page(far, "/one", 4, wired, WAYS, name="wsgi-one-4-wire"),
+        ]

@@ -139,7 +139,7 @@ def make_app(way: str, dsn: str, threads: int) -> Any:
         return with_status(with_middleware(zpgpool.get_pool()))
     if way.startswith("zpgpool"):
         factory = zpgpool.ThreadedConnectionPool if "threaded" in way else zpgpool.PersistentConnectionPool
-        options = {"autocommit": True} if autocommit else {}
+        options = {"autocommit": "safe" if way.endswith("safe") else True} if autocommit or way.endswith("safe") else {}
         return with_middleware(factory(0, threads, dsn, idle_timeout=600, max_lifetime=3600, timeout=30, **options))
     if way == "limit autocommit":
         return with_peer(peers.thread_local_autocommit(dsn, threads))

@@ -1,4 +1,4 @@
-"""A relay before the server that counts round trips: each ends with a ReadyForQuery of the server."""
+"""A relay before the server that counts round trips, each of which ends with a ReadyForQuery, and may delay them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ READY = b"Z\x00\x00\x00\x05"
 
 
 class Wire:
-    """Listens on `port`, and passes all on to the server on another one of this machine."""
+    """Listens on `port`, and passes all on to the server's port on this machine, after `delay` seconds each way."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, delay: float = 0.0) -> None:
         self._target = target
+        self._delay = delay
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.round_trips = 0
@@ -44,6 +45,8 @@ class Wire:
             while data := source.recv(65536):
                 if is_server:
                     self.round_trips += data.count(READY)
+                if self._delay:
+                    time.sleep(self._delay)
                 sink.sendall(data)
         except OSError:
             pass
