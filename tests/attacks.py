@@ -210,8 +210,8 @@ class Forks(Scenario):
         return 5 if self.pool.holders() else 0
 
     def be_master(self, parents: set[int]) -> int:
-        # As in a master of uWSGI the pool starts no threads here: a fork while another one wants the interpreter leaves the
-        # child a lock that nobody gives back.
+        # As in a master of uWSGI the pool starts no threads here: a fork while another one wants the interpreter's lock
+        # leaves the child one that nobody gives back.
         master = os.getpid()
         sys.modules["uwsgi"] = uwsgi = ModuleType("uwsgi")
         vars(uwsgi).update(masterpid=lambda: master, worker_id=lambda: 0)
