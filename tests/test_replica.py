@@ -40,8 +40,8 @@ from zpgpool.core.timer import timer
 from zpgpool.datamanager import connection
 from zpgpool.metrics import instrument
 from zpgpool.monitor.history import history_of
+from zpgpool.request.kinds import OwnLease
 from zpgpool.request.lease import Lease
-from zpgpool.request.lease import OwnLease
 from zpgpool.request.replica import asks_for_primary
 from zpgpool.settings import SettingError
 from zpgpool.status import StatusApp

@@ -14,11 +14,11 @@ from .failures import is_unavailable
 from .failures import make_unavailable
 from .failures import reveal
 from .keys import lease_keys
+from .kinds import lease_class
+from .kinds import ThreadLease
 from .lease import current_lease
 from .lease import Lease
-from .lease import lease_class
 from .lease import local
-from .lease import ThreadLease
 from .replica import asks_for_primary
 from .replica import fail_over
 from .replica import is_repeatable
