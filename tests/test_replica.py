@@ -40,6 +40,7 @@ from zpgpool.core.timer import timer
 from zpgpool.datamanager import connection
 from zpgpool.metrics import instrument
 from zpgpool.monitor.history import history_of
+from zpgpool.pyramid import get_connection as connection_of
 from zpgpool.request.kinds import OwnLease
 from zpgpool.request.lease import Lease
 from zpgpool.request.replica import asks_for_primary
@@ -338,6 +339,48 @@ def test_pyramid(level: Pair) -> None:
     assert client.post("/").text == "primary"
     assert client.get("/").text == "primary"
     for name in ("", "readers"):
+        zpgpool.get_pool(name, config.registry).close(0)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_a_transaction_has_committed_is_not_done_again(level: Pair, writes: bool) -> None:
+    """Its body's first query loses the replica, after the commit in another pool."""
+    level.ask(level.primary, "DROP TABLE IF EXISTS once", "CREATE TABLE once (n int)")
+    settings = {
+        "zpgpool.dsn": dsn_of(level.primary),
+        "zpgpool.replica": "readers",
+        "zpgpool.max_lag": "none",
+        "zpgpool.readers.dsn": dsn_of(level.standby),
+        "zpgpool.other.dsn": dsn_of(level.primary),
+        "tm.manager_hook": "pyramid_tm.explicit_manager",
+    }
+    config = Configurator(settings=settings)
+    for each in ("pyramid_tm", "zpgpool"):
+        config.include(each)
+    config.add_route("all", "/")
+    ran: list[str] = []
+
+    def view(request: Any) -> Any:
+        ran.append(run(request.pgconn, WHERE))
+        if writes:
+            run(connection_of(request, "other"), "INSERT INTO once VALUES (1)")
+            request.tm.get().addAfterCommitHook(lambda success: ran.append("hook"))
+
+        def body() -> Iterator[bytes]:
+            if run(request.pgconn, WHERE) == "standby":
+                run(request.pgconn, "SELECT pg_terminate_backend(pg_backend_pid())")
+            yield b"x"
+
+        return Response(app_iter=body())
+
+    config.add_view(view, route_name="all")
+    client = TestApp(config.make_wsgi_app())
+    with pytest.raises(psycopg2.Error):
+        client.get("/")
+    assert ran == (["standby", "hook"] if writes else ["standby"])
+    assert level.ask(level.primary, "SELECT count(*) FROM once") == int(writes)
+    for name in ("", "readers", "other"):
+        assert zpgpool.get_pool(name, config.registry).holders() == []
         zpgpool.get_pool(name, config.registry).close(0)
 
 

@@ -19,6 +19,7 @@ from .registry import get_pool
 from .registry import make_pool
 from .request import Lease
 from .request import lease_keys
+from .request import note_commit
 from .settings import convert_with
 from .settings import count
 from .settings import flag
@@ -181,6 +182,8 @@ def _commit(pool: Pool, conn: Connection) -> None:
         raise psycopg2.errors.InFailedSqlTransaction(
             "a statement of this request has failed, and was not rolled back to a savepoint: nothing can be committed"
         )
+    if not conn.readonly:
+        note_commit()
     commit(pool, conn)
 
 

@@ -23,6 +23,7 @@ from .core import commit
 from .errors import PoolError
 from .request import current_lease
 from .request import join_body
+from .request import note_commit
 from .request import SharedCheckout
 from .transient import default_factory
 from .transient import is_retryable
@@ -221,6 +222,7 @@ class DataManager:
                 if conn is None or not conn.readonly:
                     raise self.failure or self._failed_statement()
                 return  # it could write nothing: nothing of it is lost
+            note_commit()  # first: a COMMIT whose answer is lost may have been done
             self._vote(conn)
         except psycopg2.Error as error:
             note(error)

@@ -242,7 +242,7 @@ class PoolMiddleware:
                 self._prepare(environ, lease)
             body = self.app(environ, response)
             if type(body) is not list and not is_complete(body, environ):
-                body, goes_on = begin_body(body, lease, response, original), True
+                body, goes_on = begin_body(body, lease, self._key, response, original), True
             elif (response.status or "").startswith("5"):
                 reveal(body, response, lease, original)
         except Exception as error:
@@ -287,7 +287,7 @@ class PoolMiddleware:
         self, error: Exception, original: WSGIEnvironment | None, response: HeldResponse, lease: Lease
     ) -> bool:
         """Whether the request has failed because of its connection, and nothing of its response was sent."""
-        if original is None or response.is_sent or not is_repeatable(original):
+        if original is None or response.is_sent or lease.has_committed or not is_repeatable(original):
             return False
         cause = database_error(error)
         if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
@@ -345,7 +345,7 @@ class PoolMiddleware:
         ) -> Iterable[bytes]:
             lease: Lease = self._lease_class(pool, environ, frame)
             if replica is not None:
-                lease = self._lease_replica(environ, replica, lease, settings.replica)
+                lease = self._lease_replica(environ, replica, lease)
 
             def hook(headers: Headers) -> Headers:
                 wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
@@ -364,13 +364,10 @@ class PoolMiddleware:
             _check_threads(replica, environ)
         return serve(lambda: False, replica=replica, original=dict(environ))
 
-    def _lease_replica(self, environ: WSGIEnvironment, replica: Pool, primary: Lease, name: str) -> Lease:
+    def _lease_replica(self, environ: WSGIEnvironment, replica: Pool, primary: Lease) -> Lease:
         """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
-        key = lease_keys[name]
-        outer = environ.get(key)
-        if not (isinstance(outer, Lease) and outer.pool is replica and not outer.is_over):
-            outer = self._find_outer(environ, None, replica)
-        reader = environ[key] = outer or lease_class(replica)(replica, environ, primary.frame)
+        outer = self._find_outer(environ, None, replica)
+        reader = outer or lease_class(replica)(replica, environ, primary.frame)
         return ReplicaLease(primary, reader, outer is None, environ)
 
     def _find_replica(self, pool: Pool, settings: PoolSettings) -> Pool | None:

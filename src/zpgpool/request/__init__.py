@@ -19,6 +19,7 @@ from .kinds import ThreadLease
 from .lease import current_lease
 from .lease import Lease
 from .lease import local
+from .lease import note_commit
 from .replica import asks_for_primary
 from .replica import fail_over
 from .replica import is_repeatable
@@ -56,6 +57,7 @@ __all__ = [
     "local",
     "make_unavailable",
     "may_succeed_on_primary",
+    "note_commit",
     "reveal",
     "with_write_cookie",
 ]

@@ -27,7 +27,8 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
     # Not reported, it is a guess: an error from before the connection that there is may have been got over.
     failure = lease.reported or (None if lease.connections() else lease.failure)
     if failure is None or not is_500 or not is_unavailable(failure, lease):
-        is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
+        may_repeat = original is not None and is_repeatable(original) and not lease.has_committed
+        is_lost = may_repeat and lease.has_lost_connection
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
         close_body(body)

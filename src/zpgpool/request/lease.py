@@ -79,6 +79,9 @@ class Lease(Work):
     #: What the application says that it has failed with, and has answered itself.
     reported: psycopg2.Error | None = None
 
+    #: Whether a transaction of the request was committed, with this pool or another: it must not run again.
+    has_committed = False
+
     #: Transactions that were begun in the body with a pool that no filter serves to the request.
     guests: tuple[Transaction, ...] = ()
 
@@ -149,8 +152,12 @@ class Lease(Work):
                 leases[number] = before
 
     def begin_body(self) -> None:
-        """Say that the application has returned, and goes on in its body."""
+        """Say that the application has returned, and goes on in its body.
+
+        What it has committed by a transaction does not keep its connection: the next use gets one again.
+        """
         self.is_streaming = True
+        self.let_go()
 
     def pause(self) -> None:
         """Say that the application's code is left, until the server asks for more of its body."""
@@ -279,6 +286,12 @@ class Lease(Work):
                 )
         self._shared = None
         shared.let_go(self)
+
+
+def note_commit() -> None:
+    """Take note that the calling thread's request is about to commit something, with whichever pool."""
+    for lease in local.state.leases.values():
+        lease.has_committed = True
 
 
 def current_lease(pool: object) -> Lease | None:
