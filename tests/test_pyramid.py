@@ -680,18 +680,21 @@ class TestServing:
         config.include("zpgpool.pyramid")
         assert with_view(config, tell_backend).get("/").text.isdigit()
 
+    @pytest.mark.parametrize("keeps", ["", "the connection", "a cursor"])
     @pytest.mark.parametrize("kind", ["persistent", "threaded"])
     def test_a_stream_that_has_committed_gives_its_connection_back(
-        self, configure: Configure, dsn: str, kind: str
+        self, configure: Configure, dsn: str, kind: str, keeps: str
     ) -> None:
-        """And gets one again when it asks."""
+        """And gets one again when it asks; not if the body refers to it still."""
 
         def view(request: Any) -> Response:
             pool: Any = zpgpool.get_pool(registry=request.registry)
             run(request.pgconn, "SELECT 1")
+            kept = {"the connection": lambda: request.pgconn, "a cursor": request.pgconn.cursor}.get(keeps, int)()
 
             def body() -> Iterator[bytes]:
                 yield str(len(pool.holders())).encode()
+                assert getattr(kept, "connection", kept) in (0, request.pgconn)
                 run(request.pgconn, "SELECT 1")
                 yield str(len(pool.holders())).encode()
 
@@ -699,7 +702,7 @@ class TestServing:
 
         settings = {"zpgpool.dsn": dsn, "zpgpool.pool": kind, "tm.manager_hook": "pyramid_tm.explicit_manager"}
         app = with_view(config := configure(settings, "pyramid_tm"), view)
-        assert app.get("/").text == "01"
+        assert app.get("/").text == ("11" if keeps else "01")
         assert zpgpool.get_pool(registry=config.registry).holders() == []
 
 

@@ -36,6 +36,8 @@ class ThreadLease(Lease):
 
     pool: PersistentPool
 
+    _own_references = 3  # the pool has one, too
+
     def __init__(self, pool: PersistentPool, environ: WSGIEnvironment, frame: FrameType | None = None) -> None:
         # That of `Lease`, written out, and a look without a call where the pool is one of ours: see test_budget.py.
         self.pool = self._thread_pool = pool

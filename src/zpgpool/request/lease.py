@@ -66,6 +66,9 @@ class Lease(Work):
     #: The request's connection once a transaction shares it.
     _shared: SharedCheckout | None = None
 
+    #: How many references to it are ours then, as `sys.getrefcount` counts: the checkout's, and its own argument.
+    _own_references = 2
+
     #: Whether the transaction began in the body: then the lease must end it.
     _is_shared_in_body = False
 
@@ -154,10 +157,12 @@ class Lease(Work):
     def begin_body(self) -> None:
         """Say that the application has returned, and goes on in its body.
 
-        What it has committed by a transaction does not keep its connection: the next use gets one again.
+        What it has committed by a transaction does not keep its connection, if nothing in the body refers to that: the
+        next use gets one again.
         """
         self.is_streaming = True
-        self.let_go()
+        if self._shared is not None and sys.getrefcount(self._shared.conn) <= self._own_references:
+            self.let_go()
 
     def pause(self) -> None:
         """Say that the application's code is left, until the server asks for more of its body."""
