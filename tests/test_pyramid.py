@@ -508,18 +508,20 @@ class TestMounted:
     def make(self, configure: Configure, dsn: str) -> Callable[..., Any]:
         """Make an application whose pool goes by a name that its server tells."""
 
-        def make(name: str, view: Callable[[Any], Any], includes: tuple[str, ...], kind: str) -> Any:
+        def make(name: str, view: Callable[[Any], Any], manager: str, kind: str) -> Any:
             settings = {"zpgpool.dsn": dsn, "zpgpool.pool": kind, "zpgpool.application_name": name}
-            return with_view(configure(settings, *includes), view).app
+            if manager == "explicit":
+                settings["tm.manager_hook"] = "pyramid_tm.explicit_manager"
+            return with_view(configure(settings, *(["pyramid_tm"] if manager else [])), view).app
 
         return make
 
-    @pytest.mark.parametrize("includes", [(), ("pyramid_tm",)])
+    @pytest.mark.parametrize("manager", ["", "thread", "explicit"])
     @pytest.mark.parametrize("mount", [wsgiapp, wsgiapp2, None])
     @pytest.mark.parametrize("streams", ["neither", "inner", "both"])
     @pytest.mark.parametrize("kind", ["persistent", "threaded"])
     def test_each_has_its_own_database(
-        self, make: Any, includes: tuple[str, ...], mount: Any, streams: str, kind: str
+        self, make: Any, manager: str, mount: Any, streams: str, kind: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         def view(request: Any) -> Response:
             def body() -> Iterator[bytes]:
@@ -528,7 +530,7 @@ class TestMounted:
 
             return Response(app_iter=body() if streams != "neither" else list(body()))
 
-        inner = make("inner", view, includes, kind)
+        inner = make("inner", view, manager, kind)
 
         def outer(request: Any) -> Response:
             assert run(request.pgconn, self.WHO) == "outer"
@@ -543,10 +545,11 @@ class TestMounted:
 
             return Response(app_iter=body()) if streams == "both" else response
 
-        app = TestApp(make("outer", outer, includes, kind))
+        app = TestApp(make("outer", outer, manager, kind))
         expected = ["outer inner"] * 3 if streams == "both" else [" inner inner inner"]
         assert app.get("/").text.splitlines() == expected
         assert [pool.holders() for pool in self.pools(app, inner)] == [[], []]
+        assert caplog.records == []
 
     def pools(self, *apps: Any) -> list[Any]:
         return [zpgpool.get_pool(registry=getattr(app, "app", app).registry) for app in apps]

@@ -131,12 +131,11 @@ def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: Transacti
     """Return who commits what the request writes: of a subrequest its request's first, then its own, if it has one."""
     if "repoze.tm.active" in environ:
         return [tm]
-    environs = [environ]
-    if len(threadlocals.stack) > 1:
-        others = [each["request"] for each in threadlocals.stack if each["registry"] is registry]
-        environs = [*(other.environ for other in others if other is not None), environ]
+    # Of the requests whose tweens are on the stack: a copy of an environ has the key still when all is committed.
+    requests = [each["request"] for each in threadlocals.stack if each["registry"] is registry]
+    environs = [each.environ for each in requests if each is not None]
     found = [each.get("tm.manager", tm) for each in environs if "tm.active" in each]
-    return list({id(manager): manager for manager in found}.values())
+    return list({id(manager): manager for manager in found}.values()) if len(found) > 1 else found
 
 
 def _nest(inner: TransactionManager, outer: TransactionManager) -> None:

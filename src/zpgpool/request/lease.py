@@ -283,7 +283,9 @@ class Lease(Work):
                 transaction.abandon(f"{self} has ended, and this was begun in its body")
             else:
                 self.home.orphaned.append(transaction)
-                log.warning(
+                # By the pyramid_tm of an application that has called this one it ends soon.
+                log.log(
+                    logging.DEBUG if "tm.active" in self.environ else logging.WARNING,
                     "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
                     "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
                     self,
