@@ -43,7 +43,7 @@ from zpgpool.monitor.history import history_of
 from zpgpool.pyramid import get_connection as connection_of
 from zpgpool.request.kinds import OwnLease
 from zpgpool.request.lease import Lease
-from zpgpool.request.replica import asks_for_primary
+from zpgpool.request.replica import has_written
 from zpgpool.settings import SettingError
 from zpgpool.status import StatusApp
 from zpgpool.wsgi import get_connection
@@ -187,12 +187,12 @@ def test_no_cookie_when_it_is_off(make_main: Any) -> None:
 )
 def test_a_cookie_is_trusted_for_as_long_as_the_setting_says(age: float, is_trusted: bool) -> None:
     environ: Any = {"HTTP_COOKIE": f"a=b; zpgpool-written={time.time() - age}"}
-    assert asks_for_primary(environ, 5.0) is is_trusted
+    assert has_written(environ, 5.0) is is_trusted
 
 
 @pytest.mark.parametrize("value", ["", "x", "nan", "inf", "-inf", '"', "1e999", "zpgpool-written"])
 def test_a_cookie_of_nonsense_is_none(value: str) -> None:
-    assert not asks_for_primary({"HTTP_COOKIE": f"zpgpool-written={value}"}, 5.0)
+    assert not has_written({"HTTP_COOKIE": f"zpgpool-written={value}"}, 5.0)
 
 
 def test_a_header_asks_for_the_primary(make_main: Any) -> None:
@@ -673,8 +673,8 @@ def test_what_has_been_sent_is_not_sent_again(make_main: Any) -> None:
 )
 def test_the_newest_cookie_counts(ago: list[float], is_asked: bool) -> None:
     cookies = "; ".join(["a=b", *(f"zpgpool-written={time.time() - each:.3f}" for each in ago), "c=d"])
-    assert asks_for_primary({"HTTP_COOKIE": cookies}, 5) is is_asked
-    assert not asks_for_primary({"HTTP_COOKIE": cookies.replace("zpgpool", "xzpgpool")}, 5)
+    assert has_written({"HTTP_COOKIE": cookies}, 5) is is_asked
+    assert not has_written({"HTTP_COOKIE": cookies.replace("zpgpool", "xzpgpool")}, 5)
 
 
 def test_the_cookies_path_is_the_browsers(make_main: Any) -> None:

@@ -8,7 +8,7 @@ from .body import is_complete
 from .body import join_body
 from .disconnects import Disconnects
 from .failures import close_body
-from .failures import is_demotion
+from .failures import has_left_primary
 from .failures import is_lost
 from .failures import is_unavailable
 from .failures import make_unavailable
@@ -20,11 +20,12 @@ from .lease import current_lease
 from .lease import Lease
 from .lease import local
 from .lease import note_commit
-from .replica import asks_for_primary
 from .replica import fail_over
+from .replica import has_written
 from .replica import is_repeatable
 from .replica import is_safe
 from .replica import may_succeed_on_primary
+from .replica import may_write
 from .replica import ReplicaLease
 from .replica import with_write_cookie
 from .response import Headers
@@ -40,13 +41,13 @@ __all__ = [
     "ReplicaLease",
     "SharedCheckout",
     "ThreadLease",
-    "asks_for_primary",
     "begin_body",
     "close_body",
     "current_lease",
     "fail_over",
+    "has_left_primary",
+    "has_written",
     "is_complete",
-    "is_demotion",
     "is_lost",
     "is_repeatable",
     "is_safe",
@@ -57,6 +58,7 @@ __all__ = [
     "local",
     "make_unavailable",
     "may_succeed_on_primary",
+    "may_write",
     "note_commit",
     "reveal",
     "with_write_cookie",

@@ -66,7 +66,7 @@ class ThreadLease(Lease):
             tasks.pop(self._thread, None)
             self._owner, self._thread = self.pool.owner(), get_ident()
         conn = self.pool.getconn()
-        return self._commit_at_once(conn) if self.commits_at_once else conn
+        return self._set(conn) if self.session else conn
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""
@@ -92,7 +92,7 @@ class OwnLease(Lease):
             if self._conn is not None:
                 self._give_back()
             self._conn = self._getconn()
-        return self._commit_at_once(self._conn) if self.commits_at_once else self._conn
+        return self._set(self._conn) if self.session else self._conn
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""

@@ -7,6 +7,8 @@ import sys
 import threading
 from threading import get_ident
 from types import FrameType
+from types import MappingProxyType
+from typing import Any
 from typing import TYPE_CHECKING
 
 from psycopg2.extensions import STATUS_READY
@@ -22,6 +24,8 @@ from .shared import Transaction
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import psycopg2
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from ..types import Owner
     from ..types import PersistentPool
     from ..types import Pool
+
+    Session = Mapping[str, Any]
 
 
 log = logging.getLogger("zpgpool")
@@ -76,8 +82,8 @@ class Lease(Work):
     _thread_pool: PersistentPool | None = None
     _owner: Owner = None
 
-    #: Whether the request reads only, and its pool has `autocommit = safe`.
-    commits_at_once = False
+    #: What the session is set to for the request, as `set_session()` takes it; the return sets it back.
+    session: Session = MappingProxyType({})
 
     #: What the application says that it has failed with, and has answered itself.
     reported: psycopg2.Error | None = None
@@ -88,8 +94,8 @@ class Lease(Work):
     #: Transactions that were begun in the body with a pool that no filter serves to the request.
     guests: tuple[Transaction, ...] = ()
 
-    #: The connection on which autocommit was set for that.
-    _at_once: Connection | None = None
+    #: The connection that was set so.
+    _has_set: Connection | None = None
 
     #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.
     _ender = 0
@@ -174,11 +180,16 @@ class Lease(Work):
         """Return the request's connection. Raises PoolError after the request's end, and what `getconn` raises."""
         raise NotImplementedError  # each kind of pool has a lease of its own, which says how
 
-    def _commit_at_once(self, conn: Connection) -> Connection:
-        """Set autocommit once: the user may change it after that. The return sets it back."""
-        if conn is not self._at_once and conn.status == STATUS_READY:
-            conn.autocommit = True
-            self._at_once = conn
+    def set_session(self, **session: bool | str) -> None:
+        """Have the session be so for the request, too: from its next use on, if it is in a transaction now."""
+        self.session = {**self.session, **session}
+        self._has_set = None
+
+    def _set(self, conn: Connection) -> Connection:
+        """Set the session once: the user may change it after that."""
+        if conn is not self._has_set and conn.status == STATUS_READY:
+            conn.set_session(**self.session)
+            self._has_set = conn
         return conn
 
     def shared_connection(self) -> Connection | None:
@@ -203,12 +214,14 @@ class Lease(Work):
         conn = self.shared_connection()
         if self._shared is None:
             conn = self.connection() if conn is None else conn
-            if conn is self._at_once:
-                conn.autocommit = False
             self._shared = SharedCheckout(self.pool.checkout(conn), self)
             self._hand_over()
         if self._shared.transaction is not None:
             return None
+        if self.session:
+            self._set(self._shared.conn)
+            if self._shared.conn is self._has_set and "autocommit" in self.session:
+                self._shared.conn.autocommit = False
         self._shared.add(transaction)
         self._is_shared_in_body = self.is_streaming
         return self._shared
@@ -263,14 +276,14 @@ class Lease(Work):
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
         self.environ.pop("zpgpool.connection", None)
-        self.frame = self.failure = self.reported = self._at_once = None
+        self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
         self.is_over = True
 
     def let_go(self) -> None:
         """Return the connection, if no transaction has it; the next use gets one again."""
         if (shared := self._shared) is not None and shared.transaction is None:
-            self._shared = self._at_once = None
+            self._shared = self._has_set = None
             shared.let_go(self)
 
     def _give_back(self) -> None:
