@@ -257,6 +257,8 @@ class IPoolInternals(IMaintained):
     def serve_readers(timeout: float) -> None:
         """Be a replica's pool: read-only sessions, whatever server they find, and no wait of a checkout above that.
 
+        A `timeout` of 0, which has no limit for a connect, becomes that, too.
+
         Raises SettingError where a session cannot be read-only, behind a pooler.
         """
 

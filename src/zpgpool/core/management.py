@@ -132,7 +132,7 @@ class ManagedPool(Users):
 
     def serve_readers(self, timeout: float) -> None:
         """See `IPoolInternals`."""
-        settings = replace(self.settings, readonly=True, timeout=min(timeout, self.settings.timeout))
+        settings = replace(self.settings, readonly=True, timeout=min(timeout, self.settings.timeout or timeout))
         if settings != self.settings:
             self._apply(settings)
             self._connections.drain(later=True)

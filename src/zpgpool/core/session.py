@@ -203,8 +203,10 @@ def restore(conn: Any, baseline: tuple[object, ...]) -> None:
     """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed."""
     _, autocommit, isolation_level, readonly, deferrable, encoding, conn.cursor_factory = baseline
     conn.autocommit = False
-    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
+    conn.isolation_level = conn.readonly = conn.deferrable = None
     conn.autocommit = autocommit
+    # After it: what is set before, psycopg2 forgets with autocommit.
+    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
     if conn.encoding != encoding:
         conn.set_client_encoding(encoding)
 
