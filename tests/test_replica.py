@@ -352,6 +352,48 @@ def test_pyramid(level: Pair) -> None:
         zpgpool.get_pool(name, config.registry).close(0)
 
 
+@pytest.mark.parametrize("include", ["pyramid_tm", None])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_pyramids_page_of_an_error_is_not_the_answer_to_a_write(
+    level: Pair, include: str | None, is_there: bool
+) -> None:
+    """An exception view makes a page of what the replica refuses, or a session of the primary's that only reads."""
+    settings = {
+        "zpgpool.dsn": dsn_of(level.primary),
+        "zpgpool.replica": "readers",
+        "zpgpool.max_lag": "none",
+        "zpgpool.readers.dsn": dsn_of(level.standby),
+        "tm.manager_hook": "pyramid_tm.explicit_manager",
+    }
+    config = Configurator(settings=settings)
+    for each in [include] if include else []:
+        config.include(each)
+    config.include("zpgpool")
+    config.add_route("all", "/*path")
+
+    def view(request: Any) -> Any:
+        if "bug" in request.path:
+            ran.append("bug")
+            run(request.pgconn, "SELECT 1/0")
+        return Response(run(request.pgconn, "INSERT INTO notes (text) VALUES ('x') RETURNING 'written'"))
+
+    def page(error: Exception, request: Any) -> Any:
+        return Response(type(error).__name__, status=500)
+
+    ran: list[str] = []
+    config.add_view(view, route_name="all")
+    config.add_exception_view(page, context=psycopg2.Error)
+    client = TestApp(config.make_wsgi_app())
+    if not is_there:
+        watch(zpgpool.get_pool("readers", config.registry)).lost("it is lost")
+    assert client.get("/").text == "written"
+    assert client.get("/bug", status=500).text == "DivisionByZero"
+    assert ran == ["bug"]
+    for name in ("", "readers"):
+        assert zpgpool.get_pool(name, config.registry).holders() == []
+        zpgpool.get_pool(name, config.registry).close(0)
+
+
 @pytest.mark.parametrize("writes", [True, False])
 def test_what_a_transaction_has_committed_is_not_done_again(level: Pair, writes: bool) -> None:
     """Its body's first query loses the replica, after the commit in another pool."""

@@ -19,6 +19,7 @@ from .registry import query_pool
 from .request import current_lease
 from .request import Lease
 from .request import lease_keys
+from .request import report
 from .settings import convert_with
 from .settings import count
 from .settings import flag
@@ -36,6 +37,7 @@ try:
     from pyramid.interfaces import IExecutionPolicy
     from pyramid.router import default_execution_policy
     from pyramid.threadlocal import manager as threadlocals
+    from pyramid.tweens import EXCVIEW
 except ImportError as error:
     raise ImportError(f"zpgpool.pyramid needs the extra zpgpool[pyramid]: {error}") from None
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from pyramid.config import Configurator
     from pyramid.registry import Registry
     from pyramid.request import Request
+    from pyramid.response import Response
     from pyramid.router import Router
 
     from .types import Transaction
@@ -94,6 +97,7 @@ def includeme(config: Configurator) -> None:
         config.registry.registerUtility(_serving(policy, served, config.registry), IExecutionPolicy)
 
     config.action(None, serve, order=LAST)
+    config.add_tween("zpgpool.pyramid.report_tween_factory", under=EXCVIEW)
     # Not reified: after the commit, and in a streamed body, it is another one.
     config.add_request_method(get_connection, "pgconn", property=True)
 
@@ -125,6 +129,19 @@ def get_connection(request: Request, name: str = "") -> Connection:
             "for scripts; or include pyramid_tm, and use request.tm"
         )
     return get_transactions_connection(name, tm, registry)  # a script's
+
+
+def report_tween_factory(handler: Callable[[Request], Response], registry: Registry) -> Callable[[Request], Response]:
+    """Return a tween that tells the middleware of an error before an exception view makes a page of it."""
+
+    def tween(request: Request) -> Response:
+        try:
+            return handler(request)
+        except Exception as error:
+            report(error)
+            raise
+
+    return tween
 
 
 def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: TransactionManager | None) -> list[Any]:

@@ -295,6 +295,8 @@ class PoolMiddleware:
         if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
             lease.fail_over(cause)
             return True
+        if lease.has_failed_over:  # the application has made a page of the error
+            return True
         if not (self.retry_safe and (lease.has_lost_connection or is_lost(cause, lease))):
             return False
         log.warning("%s has lost its connection, and begins again: %s", lease, one_line(cause or error))

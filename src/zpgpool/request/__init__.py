@@ -27,6 +27,7 @@ from .replica import is_safe
 from .replica import may_succeed_on_primary
 from .replica import may_write
 from .replica import ReplicaLease
+from .replica import report
 from .replica import with_write_cookie
 from .response import Headers
 from .response import HeldResponse
@@ -60,6 +61,7 @@ __all__ = [
     "may_succeed_on_primary",
     "may_write",
     "note_commit",
+    "report",
     "reveal",
     "with_write_cookie",
 ]

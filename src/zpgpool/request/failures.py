@@ -29,7 +29,7 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
     failure = lease.reported or (None if lease.connections() else lease.failure)
     if failure is None or not is_500 or not is_unavailable(failure, lease):
         may_repeat = original is not None and is_repeatable(original) and not lease.has_committed
-        is_lost = may_repeat and lease.has_lost_connection
+        is_lost = may_repeat and (lease.has_lost_connection or lease.has_failed_over)
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
         close_body(body)

@@ -85,6 +85,9 @@ class Lease(Work):
     #: What the session is set to for the request, as `set_session()` takes it; the return sets it back.
     session: Session = MappingProxyType({})
 
+    #: Whether what it reads from has failed, or refused a write: see `ReplicaLease`.
+    has_failed_over = False
+
     #: What the application says that it has failed with, and has answered itself.
     reported: psycopg2.Error | None = None
 

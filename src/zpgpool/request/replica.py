@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 from typing import cast
@@ -20,6 +21,7 @@ from psycopg2 import errorcodes
 from webob.cookies import make_cookie
 
 from ..core import watch
+from ..errors import database_error
 from ..errors import one_line
 from ..errors import PoolError
 from .lease import Lease
@@ -251,7 +253,7 @@ class ReplicaLease(Lease):
         """Use the primary from now on, because of `error`, for which `may_succeed_on_primary` holds."""
         if error is self._blamed:
             return
-        self.is_reading, self._blamed = False, error
+        self.is_reading, self.has_failed_over, self._blamed = False, True, error
         if classify(error) is Fault.REFUSED_WRITE:
             self.has_tried_to_write = True
             self._primary.set_session(readonly="DEFAULT")
@@ -275,6 +277,10 @@ class ReplicaLease(Lease):
         try:
             if self._is_own:
                 self._replica.end()
+            elif self.has_failed_over:  # the filter that serves it gives it to who begins again
+                for conn in self._replica.connections():
+                    with suppress(psycopg2.Error):
+                        conn.rollback()
         finally:
             try:
                 self._primary.end()
@@ -298,3 +304,13 @@ def fail_over(error: psycopg2.Error) -> None:
     for route in current_routes():
         if route.may_succeed_on_primary(error):
             route.fail_over(error)
+
+
+def report(error: BaseException) -> None:
+    """Tell the calling thread's request what it has failed with, before the application makes a page of that."""
+    cause = database_error(error)
+    if cause is not None:
+        for lease in list(local.state.leases.values()):
+            if lease.is_running:
+                lease.reported = cause
+        fail_over(cause)
