@@ -184,9 +184,9 @@ def _commit(pool: Pool, conn: Connection) -> None:
         raise psycopg2.errors.InFailedSqlTransaction(
             "a statement of this request has failed, and was not rolled back to a savepoint: nothing can be committed"
         )
+    commit(pool, conn)
     if not conn.readonly:
         note_commit()
-    commit(pool, conn)
 
 
 def _leases(environ: WSGIEnvironment, keys: Iterable[str]) -> list[Lease]:

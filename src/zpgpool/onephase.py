@@ -222,12 +222,12 @@ class DataManager:
                 if conn is None or not conn.readonly:
                     raise self.failure or self._failed_statement()
                 return  # it could write nothing: nothing of it is lost
-            note_commit()  # first: a COMMIT whose answer is lost may have been done
             self._vote(conn)
         except psycopg2.Error as error:
             note(error)
             raise
         self.phase = Phase.VOTED
+        note_commit()
 
     def _vote(self, conn: Connection) -> None:
         commit(self.pool, conn)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from zope.component import getSiteManager
 
 from .interfaces import IConnectionPool
-from .registry import check_replica
 from .registry import make_pool
 from .settings import list_known
 from .settings import read_options
@@ -53,9 +52,6 @@ CONNECTION = {
 
 KNOWN = {"class", "dsn", *TABLE}
 
-#: After the actions that register pools.
-LAST = 1000
-
 
 def _fields() -> dict[str, Text]:
     """Return the directive's schema. What a text means is the table's to say, not a field's."""
@@ -78,8 +74,6 @@ def pool(_context: ConfigurationContext, /, class_: str = "persistent", name: st
         args=(class_, {**options, "name": name}, where),
         info=where,
     )
-    if options.get("replica"):
-        _context.action(discriminator=None, callable=_check, args=(name,), info=where, order=LAST)
 
 
 #: The pools that the directive made, as long as they are in use.
@@ -92,13 +86,6 @@ def _make(kind: str, options: Mapping[str, str], where: str) -> None:
         if not libpq:
             raise SettingError(f"option 'dsn' is missing ({list_known(KNOWN)})")
         _made.add(make_pool(kind, settings, libpq, getSiteManager(), kind_option="class", info=where))
-    except SettingError as error:
-        raise ConfigurationError(f"zpgpool:pool: {error}") from None
-
-
-def _check(name: str) -> None:
-    try:
-        check_replica(name, getSiteManager())
     except SettingError as error:
         raise ConfigurationError(f"zpgpool:pool: {error}") from None
 
