@@ -170,7 +170,7 @@ def _undo(savepoint: Any, outer: Transaction) -> None:
     try:
         savepoint.rollback()
     except Exception:  # it cannot: the resource of another package's
-        outer.doom()
+        outer.doom()  # codespell:ignore doom
         raise
 
 

@@ -103,7 +103,7 @@ class Transaction(Protocol):
 
     def abort(self) -> None: ...
 
-    def doom(self) -> None: ...
+    def doom(self) -> None: ...  # codespell:ignore doom
 
     def savepoint(self, optimistic: bool = False) -> Any: ...  # of the package `transaction`, which has no types
 
