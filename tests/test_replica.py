@@ -748,6 +748,9 @@ def test_sessions_of_a_replicas_pool_are_read_only_whatever_they_find(
         watch(pool)
         watch(pool)
         assert pool.settings.timeout == lag.WAIT
+        drained = pool.get_stats()["connections_num"]
+        pool.serve_readers(lag.WAIT)  # it does already
+        assert pool.get_stats()["connections_num"] == drained
         for at_once in (False, True) if autocommit else (False,):
             with pool.connection() as conn:
                 conn.autocommit = at_once
@@ -1237,3 +1240,111 @@ def test_a_forked_child_looks_for_itself(make_main: Any, monkeypatch: pytest.Mon
     assert watch(pools()[1]) is known
     assert watch(pools()[1]) is known
     assert watched == [known]
+
+
+# All of it at once ----------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A client that keeps cookies, writes in whatever way, and reads what it has written."""
+
+    def __init__(self, port: int, number: int, kinds: list[str]) -> None:
+        self.port, self.number, self.kinds = port, number, kinds
+        self.cookie = ""
+        self.written = self.asked = 0
+        self.slowest = 0.0
+        self.faults: list[str] = []
+
+    def ask(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+        start = time.monotonic()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as conn:
+            conn.request(method, f"{path}/{self.number}", headers={"Cookie": self.cookie, **headers})
+            response = conn.getresponse()
+            body = response.read().decode()
+        for cookie in response.msg.get_all("Set-Cookie") or []:
+            self.cookie = cookie.partition(";")[0]
+        self.asked += 1
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        return response.status, body
+
+    def run(self, is_over: threading.Event) -> None:
+        while not is_over.is_set():
+            kind = self.kinds[self.asked % len(self.kinds)]
+            method, path, *header = kind.split()
+            status, body = self.ask(method, path, HEADER if header else {})
+            if status != 200:
+                self.faults.append(f"{kind}: {status} {body}")
+            elif path == "/read":
+                if int(body) != self.written:
+                    self.faults.append(f"read {body}, written {self.written}")
+            else:
+                self.written += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_see_what_they_wrote_whatever_becomes_of_the_standby(
+    make_main: Any, level: Pair, proxy: Proxy, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything done twice, and nobody waits long. Behind, killed, frozen, and promoted in the end."""
+    monkeypatch.setattr(lag, "LOOK", 0.75)
+    level.ask(level.primary, "DROP TABLE IF EXISTS done", "CREATE TABLE done (client int)")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        path, _, number = environ["PATH_INFO"].rpartition("/")
+
+        def body() -> Iterator[bytes]:
+            conn = get_connection(environ, "main")
+            count: Any = 0
+            if path != "/read":
+                run(conn, "INSERT INTO done VALUES (%s)", number)
+            else:
+                count = run(conn, "SELECT count(*) FROM done WHERE client = %s", number)
+            conn.commit()
+            yield str(count).encode()
+
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return body() if "stream" in path else list(body())
+
+    make_main(kind, {"dsn": proxy.dsn(dsn_of(level.standby)), "maxconn": 6}, primary_after_write=8, max_lag=2)
+    replica = pools()[1]
+    wal = level.ask(level.primary, "SELECT pg_current_wal_lsn()")
+    eventually(lambda: level.ask(level.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 20)
+    kinds = ["POST /write", "GET /read", "GET /write", "GET /read", "GET /write header", "GET /read"]
+    kinds += ["POST /stream", "GET /read", "GET /stream", "GET /read"] + ["GET /read"] * 20
+    is_over = threading.Event()
+    with waitress(PoolMiddleware(app, name="main"), threads=8) as port:
+        clients = [Reader(port, number, kinds[number % 7 :] + kinds[: number % 7]) for number in range(12)]
+        lurker = Reader(port, 99, ["GET /read"])  # it never writes: from the replica
+        calls = [Call(client.run, is_over) for client in [*clients, lurker]]
+
+        def wait_for_more() -> None:
+            seen = [client.asked for client in clients]
+            eventually(lambda: all(client.asked > each + 40 for client, each in zip(clients, seen, strict=True)), 60)
+
+        try:
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_wal_replay_pause()")
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_wal_replay_resume()")
+            level.standby.halt(signal.SIGQUIT)
+            wait_for_more()
+            level.standby.launch()
+            wait_for_more()
+            proxy.is_forwarding = False
+            wait_for_more()
+            proxy.is_forwarding = True
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_promote()")
+            wait_for_more()
+        finally:
+            is_over.set()
+            for call in calls:
+                call.result()
+    assert [client.faults for client in [*clients, lurker]] == [[]] * 13
+    done = "SELECT coalesce(json_object_agg(client, count), '{}') FROM (SELECT client, count(*) FROM done GROUP BY 1) x"
+    assert level.ask(level.primary, done) == {str(client.number): client.written for client in clients}
+    assert level.ask(level.standby, "SELECT count(*) FROM done WHERE false") == 0
+    assert is_within(max(client.slowest for client in clients), 5)
+    assert watch(replica).trouble in (lag.NO_STANDBY, lag.SILENT)
+    level.attach(is_synchronous=False)

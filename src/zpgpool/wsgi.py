@@ -277,7 +277,7 @@ class PoolMiddleware:
         if self._disconnects is not None:
             self._disconnects.add(lease, environ)
         if self.eager:
-            environ["zpgpool.connection"] = lease.connection()
+            lease.show_connection()
 
     def _serve_again(
         self, environ: WSGIEnvironment, start_response: StartResponse, failed: Lease, before: object

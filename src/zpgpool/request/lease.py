@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("zpgpool")
 
 
+#: Where `environ` has the connection, if it is checked out before the application is called.
+SHOWN = "zpgpool.connection"
+
+
 class ThreadState:
     """What a thread's requests have: their leases, by the pool's id; and the transactions that outlived them."""
 
@@ -99,6 +103,9 @@ class Lease(Work):
 
     #: The connection that was set so.
     _has_set: Connection | None = None
+
+    #: The connection that it has put into `environ`, if it has, and what was there before.
+    _shown: tuple[Connection, object] | None = None
 
     #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.
     _ender = 0
@@ -278,10 +285,24 @@ class Lease(Work):
             del self.home.leases[id(self.pool)]
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
-        self.environ.pop("zpgpool.connection", None)
+        if self._shown is not None:
+            self._hide_connection(*self._shown)
         self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
         self.is_over = True
+
+    def show_connection(self) -> None:
+        """Put the connection into `environ` until the end, in the place of another filter's."""
+        conn = self.connection()
+        self._shown = conn, self.environ.get(SHOWN)
+        self.environ[SHOWN] = conn
+
+    def _hide_connection(self, conn: Connection, before: object) -> None:
+        self._shown = None
+        if self.environ.get(SHOWN) is conn:
+            del self.environ[SHOWN]
+            if before is not None:
+                self.environ[SHOWN] = before
 
     def let_go(self) -> None:
         """Return the connection, if no transaction has it; the next use gets one again."""
