@@ -26,6 +26,7 @@ from pyramid.scripting import prepare
 from pyramid.wsgi import wsgiapp
 from pyramid.wsgi import wsgiapp2
 from repoze.tm import TM
+from transaction.interfaces import TransactionFailedError
 from webtest import TestApp
 from ZODB import DB
 from ZODB.FileStorage import FileStorage
@@ -609,6 +610,26 @@ class TestSubrequests:
         assert rows(outside) == ([] if fails == "outer" else sorted(stored))
         assert zpgpool.get_pool(registry=config.registry).holders() == []
 
+    def test_whose_failure_cannot_be_undone_fail_their_request(
+        self, configure: Configure, dsn: str, outside: Outside
+    ) -> None:
+        """Another package's resource has no savepoints."""
+        settings = {"zpgpool.dsn": dsn, "tm.manager_hook": "pyramid_tm.explicit_manager"}
+
+        def view(request: Any) -> Response:
+            books.store_row(request.pgconn, request.path)
+            if request.path == "/inner":
+                raise Planned
+            request.tm.get().join(NoSavepoints())
+            with pytest.raises(Planned):
+                request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
+            return Response("x")
+
+        app = with_view(configure(settings, "pyramid_tm"), view)
+        with pytest.raises(TransactionFailedError):
+            app.get("/")
+        assert rows(outside) == []
+
     def test_need_no_connection_more(self, configure: Configure, dsn: str) -> None:
         settings = {
             "zpgpool.dsn": dsn,
@@ -624,6 +645,16 @@ class TestSubrequests:
             return request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
 
         assert with_view(configure(settings, "pyramid_tm"), view).get("/").text == "x"
+
+
+class NoSavepoints:
+    """A resource of the simplest kind."""
+
+    def sortKey(self) -> str:
+        return "it"
+
+    def abort(self, txn: object) -> None:
+        """Nothing is to be undone."""
 
 
 class TestServing:

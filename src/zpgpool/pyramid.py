@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from typing import TYPE_CHECKING
 from typing import TypeAlias
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from pyramid.response import Response
     from pyramid.router import Router
 
-    from .types import Transaction
     from .types import TransactionManager
 
     #: See `pyramid.interfaces.IExecutionPolicy`.
@@ -163,15 +163,12 @@ def _nest(inner: TransactionManager, outer: TransactionManager) -> None:
     except KeyError:
         savepoint = outer.get().savepoint(optimistic=True)
         txn.set_data(_nest, savepoint)
-        txn.addAfterAbortHook(_undo, (savepoint, outer.get()))
+        txn.addAfterAbortHook(_undo, (savepoint,))
 
 
-def _undo(savepoint: Any, outer: Transaction) -> None:
-    try:
+def _undo(savepoint: Any) -> None:
+    with suppress(Exception):  # where another package's resource cannot, the outer transaction has failed by that
         savepoint.rollback()
-    except Exception:  # it cannot: the resource of another package's
-        outer.doom()  # codespell:ignore doom
-        raise
 
 
 def _collect(settings: Options) -> dict[str, Options]:

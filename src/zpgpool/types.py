@@ -103,8 +103,6 @@ class Transaction(Protocol):
 
     def abort(self) -> None: ...
 
-    def doom(self) -> None: ...  # codespell:ignore doom
-
     def savepoint(self, optimistic: bool = False) -> Any: ...  # of the package `transaction`, which has no types
 
     def setExtendedInfo(self, name: str, value: str) -> None: ...
