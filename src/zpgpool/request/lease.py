@@ -333,7 +333,7 @@ class Lease(Work):
 
 
 def note_commit() -> None:
-    """Take note that the calling thread's request is about to commit something, with whichever pool."""
+    """Take note that a transaction of the calling thread's request was committed, with whichever pool."""
     for lease in local.state.leases.values():
         lease.has_committed = True
 
