@@ -57,7 +57,11 @@ class Proxy:
     def _accept(self) -> None:
         client, _ = self._listener.accept()
         self.accepted += 1
-        pair = client, socket.create_connection(("127.0.0.1", self._target))
+        try:
+            pair = client, socket.create_connection(("127.0.0.1", self._target))
+        except OSError:  # the server is down
+            client.close()
+            return
         self._pairs.append(pair)
         self._ever.extend(pair)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import zope.event
+from pyramid.config import Configurator
 
 import zpgpool
 from conftest import Call
@@ -74,6 +75,35 @@ def test_a_warm_request(make_pool: Any, kind: str, autocommit: bool | None, most
 
     # In a thread of its own: a body that a test has not closed is looked for at each request of its thread.
     assert Call(warm).result() <= most
+
+
+@pytest.mark.parametrize("names", [[""], ["", "reports", "users"]])
+def test_a_request_of_pyramids_takes_two_calls_more(names: list[str]) -> None:
+    """The middleware is made once, and is the plain one. Two calls are what the policy's application takes."""
+    config = Configurator(settings={f"zpgpool.{name}{'.' * bool(name)}dsn": "dbname=x" for name in names})
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [b""]
+
+    config.set_execution_policy(lambda environ, router: app)
+    config.include("zpgpool")
+    router = config.make_wsgi_app()
+    plain: Any = app
+    for name in names:
+        plain = PoolMiddleware(plain, name=name, registry=config.registry)
+
+    def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+        return None
+
+    def count(app: Any) -> int:
+        def serve() -> None:
+            app({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": ""}, start)
+
+        serve()
+        return calls(serve)[0]
+
+    assert Call(count, router).result() - Call(count, plain).result() == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,7 @@ from conftest import eventually
 from conftest import is_within
 from conftest import run
 from serving import waitress
+from zpgpool.core import is_demoted
 from zpgpool.demo.server import EmbeddedServer
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
@@ -169,13 +170,20 @@ def test_a_server_that_refuses_writes_is_left_at_once(tmp_path: Path, caplog: py
             server.stop()
 
 
-@pytest.mark.parametrize("session", [{"readonly": True}, {}])
-def test_who_forbade_writes_himself_leaves_nothing(make_pool: Callable[..., Any], session: dict[str, bool]) -> None:
+@pytest.mark.parametrize("session", [{"readonly": True}, {"readonly": True, "autocommit": "safe"}, {}])
+@pytest.mark.parametrize("sql", ["SET TRANSACTION READ ONLY", "SET default_transaction_read_only = on; COMMIT", None])
+def test_who_forbade_writes_himself_leaves_nothing(
+    make_pool: Callable[..., Any], session: dict[str, Any], sql: str | None
+) -> None:
+    """The server is asked whether it is a primary no longer: nobody else's connections are replaced."""
     pool = make_pool(zpgpool.ThreadedConnectionPool, 1, 2, idle_timeout=60, **session)
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         conn = get_connection(environ)
-        conn.readonly = True
+        if sql is None:
+            conn.readonly = True
+        else:
+            run(conn, sql)
         run(conn, "CREATE TABLE nowhere (number int)")
         return []
 
@@ -183,3 +191,9 @@ def test_who_forbade_writes_himself_leaves_nothing(make_pool: Callable[..., Any]
         PoolMiddleware(app, pool)({"REQUEST_METHOD": "POST"}, lambda *args: lambda data: None)
     assert pool.get_stats()["connections_num"] == 1
     assert pool.get_stats()["pool_size"] == 1
+
+
+def test_a_connection_that_is_lost_tells_nothing(make_pool: Callable[..., Any]) -> None:
+    with make_pool().connection() as conn:
+        conn.close()
+        assert is_demoted(conn) is False

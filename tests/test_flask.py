@@ -151,6 +151,20 @@ class TestSettings:
         assert client.post("/where").text == "off"
         assert pool_of(app).holders() == pool_of(app, "reader").holders() == []
 
+    def test_a_replica_that_refuses_a_write_has_the_request_begin_again(self, make_app: MakeApp, dsn: str) -> None:
+        """Flask makes a page of the error."""
+        app = make_app(config={"": {"dsn": dsn, "replica": "reader", "max_lag": None}, "reader": {"dsn": dsn}})
+
+        @app.route("/write")
+        def write() -> str:
+            run(get_connection(), "CREATE TEMP SEQUENCE IF NOT EXISTS numbers")
+            return str(run(get_connection(), "SELECT txid_current() > 0"))
+
+        with app.test_client() as client:
+            response = client.get("/write")
+            assert response.text == "True"
+            assert "zpgpool-written" in response.headers["Set-Cookie"]
+
     def test_may_come_as_text(self, make_app: MakeApp, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """From the environment: Flask makes a mapping of names with two underscores."""
         monkeypatch.setenv("FLASK_ZPGPOOL__dsn", "ENV:APP_DSN")

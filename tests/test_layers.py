@@ -67,7 +67,7 @@ ORDER = {
         ],
         *["timer", "watchdog", "users", "management", "base", "pools", "lag"],
     ],
-    "request": ["keys", "response", "shared", "lease", "replica", "failures", "body", "disconnects"],
+    "request": ["keys", "response", "shared", "lease", "kinds", "replica", "failures", "body", "disconnects"],
     "monitor": [
         *[
             "history",

@@ -23,7 +23,10 @@ from pyramid.request import Request
 from pyramid.response import FileResponse
 from pyramid.response import Response
 from pyramid.scripting import prepare
+from pyramid.wsgi import wsgiapp
+from pyramid.wsgi import wsgiapp2
 from repoze.tm import TM
+from transaction.interfaces import TransactionFailedError
 from webtest import TestApp
 from ZODB import DB
 from ZODB.FileStorage import FileStorage
@@ -47,6 +50,7 @@ from zpgpool.interfaces import IConnectionPoolFactory
 from zpgpool.pyramid import get_connection
 from zpgpool.settings import SettingError
 from zpgpool.settings import TABLE
+from zpgpool.wsgi import PoolMiddleware
 
 
 TestApp.__test__ = False  # it is not a test
@@ -374,11 +378,6 @@ class TestRequestsOwnConnection:
         assert app.get("/").text == "True"
         assert zpgpool.get_pool(registry=config.registry).holders() == []
 
-    def test_is_refused_to_who_has_no_request(self, configure: Configure) -> None:
-        with_view(config := configure(), tell_backend)
-        with prepare(registry=config.registry) as env, pytest.raises(zpgpool.PoolError, match="no PoolMiddleware"):
-            _ = env["request"].pgconn
-
     def test_without_a_free_connection_the_answer_is_503(self, configure: Configure, dsn: str) -> None:
         settings = {"zpgpool.dsn": dsn, "zpgpool.maxconn": "1", "zpgpool.timeout": "0", "zpgpool.retry_after": "7"}
         app = with_view(config := configure(settings), tell_backend)
@@ -499,6 +498,251 @@ class TestTransactions:
 def never(request: Any) -> bool:
     """An activate_hook for pyramid_tm."""
     return False
+
+
+class TestMounted:
+    """Two applications in one process, each with an unnamed pool: what is mounted has its request's environ."""
+
+    WHO = "SELECT current_setting('application_name')"
+
+    @pytest.fixture
+    def make(self, configure: Configure, dsn: str) -> Callable[..., Any]:
+        """Make an application whose pool goes by a name that its server tells."""
+
+        def make(name: str, view: Callable[[Any], Any], manager: str, kind: str) -> Any:
+            settings = {"zpgpool.dsn": dsn, "zpgpool.pool": kind, "zpgpool.application_name": name}
+            if manager == "explicit":
+                settings["tm.manager_hook"] = "pyramid_tm.explicit_manager"
+            return with_view(configure(settings, *(["pyramid_tm"] if manager else [])), view).app
+
+        return make
+
+    @pytest.mark.parametrize("manager", ["", "thread", "explicit"])
+    @pytest.mark.parametrize("mount", [wsgiapp, wsgiapp2, None])
+    @pytest.mark.parametrize("streams", ["neither", "inner", "both"])
+    @pytest.mark.parametrize("kind", ["persistent", "threaded"])
+    def test_each_has_its_own_database(
+        self, make: Any, manager: str, mount: Any, streams: str, kind: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def view(request: Any) -> Response:
+            def body() -> Iterator[bytes]:
+                for _ in range(3):
+                    yield f" {run(request.pgconn, self.WHO)}".encode()
+
+            return Response(app_iter=body() if streams != "neither" else list(body()))
+
+        inner = make("inner", view, manager, kind)
+
+        def outer(request: Any) -> Response:
+            assert run(request.pgconn, self.WHO) == "outer"
+            response = mount(inner)(None, request) if mount else request.get_response(inner)
+            assert run(request.pgconn, self.WHO) == "outer"
+
+            def body() -> Iterator[bytes]:
+                for chunk in response.app_iter:
+                    yield run(request.pgconn, self.WHO).encode() + chunk + b"\n"
+                close = getattr(response.app_iter, "close", list)
+                close()
+
+            return Response(app_iter=body()) if streams == "both" else response
+
+        app = TestApp(make("outer", outer, manager, kind))
+        expected = ["outer inner"] * 3 if streams == "both" else [" inner inner inner"]
+        assert app.get("/").text.splitlines() == expected
+        assert [pool.holders() for pool in self.pools(app, inner)] == [[], []]
+        assert caplog.records == []
+
+    def pools(self, *apps: Any) -> list[Any]:
+        return [zpgpool.get_pool(registry=getattr(app, "app", app).registry) for app in apps]
+
+
+class TestSubrequests:
+    """A subrequest is part of its request: one connection, and one end of what it has written."""
+
+    @pytest.fixture(autouse=True)
+    def table(self, outside: Outside) -> Iterator[None]:
+        outside.query("DROP TABLE IF EXISTS rows")
+        outside.query(books.SCHEMA)
+        yield
+        outside.query("DROP TABLE rows")
+
+    @pytest.mark.parametrize("first", ["outer", "inner"])
+    @pytest.mark.parametrize("with_tweens", [True, False])
+    @pytest.mark.parametrize("kind", ["persistent", "threaded"])
+    @pytest.mark.parametrize("fails", ["", "inner", "outer"])
+    def test_share_its_connection_and_its_transaction(
+        self, configure: Configure, dsn: str, outside: Outside, first: str, with_tweens: bool, kind: str, fails: str
+    ) -> None:
+        settings = {"zpgpool.dsn": dsn, "zpgpool.pool": kind, "tm.manager_hook": "pyramid_tm.explicit_manager"}
+        pids: set[int] = set()
+
+        def store(request: Any, key: str) -> None:
+            books.store_row(request.pgconn, key)
+            pids.add(run(request.pgconn, "SELECT pg_backend_pid()"))
+
+        def view(request: Any) -> Response:
+            if request.path == "/inner":
+                store(request, "inner")
+                if fails == "inner":
+                    raise Planned
+                return Response("x")
+            if first == "outer":
+                store(request, "before")
+            try:
+                request.invoke_subrequest(Request.blank("/inner"), use_tweens=with_tweens)
+            except Planned:
+                store(request, "caught")
+            store(request, "after")
+            if fails == "outer":
+                raise Planned
+            return Response("x")
+
+        app = with_view(config := configure(settings, "pyramid_tm"), view)
+        if fails == "outer":
+            with pytest.raises(Planned):
+                app.get("/")
+        else:
+            app.get("/")
+        assert len(pids) == 1
+        stored = ["before"] * (first == "outer") + (["caught"] if fails == "inner" else ["inner"]) + ["after"]
+        if fails == "inner" and not with_tweens:
+            stored.append("inner")  # no transaction of its own has failed: what was caught is forgiven
+        assert rows(outside) == ([] if fails == "outer" else sorted(stored))
+        assert zpgpool.get_pool(registry=config.registry).holders() == []
+
+    def test_whose_failure_cannot_be_undone_fail_their_request(
+        self, configure: Configure, dsn: str, outside: Outside
+    ) -> None:
+        """Another package's resource has no savepoints."""
+        settings = {"zpgpool.dsn": dsn, "tm.manager_hook": "pyramid_tm.explicit_manager"}
+
+        def view(request: Any) -> Response:
+            books.store_row(request.pgconn, request.path)
+            if request.path == "/inner":
+                raise Planned
+            request.tm.get().join(NoSavepoints())
+            with pytest.raises(Planned):
+                request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
+            return Response("x")
+
+        app = with_view(configure(settings, "pyramid_tm"), view)
+        with pytest.raises(TransactionFailedError):
+            app.get("/")
+        assert rows(outside) == []
+
+    def test_need_no_connection_more(self, configure: Configure, dsn: str) -> None:
+        settings = {
+            "zpgpool.dsn": dsn,
+            "zpgpool.maxconn": "1",
+            "zpgpool.timeout": "0",
+            "tm.manager_hook": "pyramid_tm.explicit_manager",
+        }
+
+        def view(request: Any) -> Response:
+            run(request.pgconn, "SELECT 1")
+            if request.path == "/inner":
+                return Response("x")
+            return request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
+
+        assert with_view(configure(settings, "pyramid_tm"), view).get("/").text == "x"
+
+
+class NoSavepoints:
+    """A resource of the simplest kind."""
+
+    def sortKey(self) -> str:
+        return "it"
+
+    def abort(self, txn: object) -> None:
+        """Nothing is to be undone."""
+
+
+class TestServing:
+    """What a request costs, and what scripts and settings are told."""
+
+    def test_the_middleware_is_made_once(self, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[PoolMiddleware] = []
+        init = PoolMiddleware.__init__
+
+        def count(self: PoolMiddleware, *args: Any, **keywords: Any) -> None:
+            made.append(self)
+            init(self, *args, **keywords)
+
+        monkeypatch.setattr(PoolMiddleware, "__init__", count)
+        app = with_view(configure(), tell_backend)
+        for _ in range(3):
+            app.get("/")
+        assert len(made) == 1
+
+    def test_two_routers_of_one_registry_are_served_each(self, configure: Configure) -> None:
+        with_view(config := configure(), tell_backend)
+        first, second = config.make_wsgi_app(), config.make_wsgi_app()
+        seen: list[Any] = []
+        for router in (first, second, first):
+
+            def answer(request: Any, router: Any = router) -> Response:
+                seen.append(router)
+                return Response("x")
+
+            router.handle_request = answer
+            TestApp(router).get("/")
+        assert seen == [first, second, first]
+
+    def test_a_replica_that_no_setting_describes_is_refused(self, configure: Configure, dsn: str) -> None:
+        config = configure({"zpgpool.dsn": dsn, "zpgpool.replica": "readres", "zpgpool.readers.dsn": dsn})
+        with pytest.raises(ConfigurationExecutionError, match="option 'replica': no pool is registered as 'readres'"):
+            config.commit()
+
+    def test_a_replica_that_the_application_registers_itself_is_known(
+        self, configure: Configure, dsn: str, make_pool: Any
+    ) -> None:
+        config = configure({"zpgpool.dsn": dsn, "zpgpool.replica": "readers"})
+        zpgpool.register_pool(make_pool(zpgpool.ThreadedConnectionPool), "readers", config.registry)
+        config.commit()
+
+    def test_a_script_without_transactions_is_told_what_to_do(self, configure: Configure) -> None:
+        with_view(config := configure(), tell_backend)
+        with (
+            prepare(registry=config.registry) as env,
+            pytest.raises(zpgpool.PoolError, match=r"outside of a request.*get_pool\(''"),
+        ):
+            _ = env["request"].pgconn
+
+    def test_two_packages_that_include_it_do_not_conflict(self, configure: Configure) -> None:
+        config = configure()
+        config.include(include_it_too)
+        config.include("zpgpool.pyramid")
+        assert with_view(config, tell_backend).get("/").text.isdigit()
+
+    @pytest.mark.parametrize("keeps", ["", "the connection", "a cursor"])
+    @pytest.mark.parametrize("kind", ["persistent", "threaded"])
+    def test_a_stream_that_has_committed_gives_its_connection_back(
+        self, configure: Configure, dsn: str, kind: str, keeps: str
+    ) -> None:
+        """And gets one again when it asks; not if the body refers to it still."""
+
+        def view(request: Any) -> Response:
+            pool: Any = zpgpool.get_pool(registry=request.registry)
+            run(request.pgconn, "SELECT 1")
+            kept = {"the connection": lambda: request.pgconn, "a cursor": request.pgconn.cursor}.get(keeps, int)()
+
+            def body() -> Iterator[bytes]:
+                yield str(len(pool.holders())).encode()
+                assert getattr(kept, "connection", kept) in (0, request.pgconn)
+                run(request.pgconn, "SELECT 1")
+                yield str(len(pool.holders())).encode()
+
+            return Response(app_iter=body())
+
+        settings = {"zpgpool.dsn": dsn, "zpgpool.pool": kind, "tm.manager_hook": "pyramid_tm.explicit_manager"}
+        app = with_view(config := configure(settings, "pyramid_tm"), view)
+        assert app.get("/").text == ("11" if keeps else "01")
+        assert zpgpool.get_pool(registry=config.registry).holders() == []
+
+
+def include_it_too(config: Any) -> None:
+    """A package that needs a pool."""
+    config.include("zpgpool")
 
 
 class Application:

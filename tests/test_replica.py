@@ -31,6 +31,7 @@ from conftest import Call
 from conftest import eventually
 from conftest import is_within
 from conftest import run
+from proxy import Proxy
 from serving import waitress
 from zpgpool.core import lag
 from zpgpool.core.lag import lag_of
@@ -40,9 +41,11 @@ from zpgpool.core.timer import timer
 from zpgpool.datamanager import connection
 from zpgpool.metrics import instrument
 from zpgpool.monitor.history import history_of
+from zpgpool.pyramid import get_connection as connection_of
+from zpgpool.request.kinds import OwnLease
 from zpgpool.request.lease import Lease
-from zpgpool.request.lease import OwnLease
-from zpgpool.request.replica import asks_for_primary
+from zpgpool.request.replica import has_written
+from zpgpool.request.replica import with_write_cookie
 from zpgpool.settings import SettingError
 from zpgpool.status import StatusApp
 from zpgpool.wsgi import get_connection
@@ -81,6 +84,12 @@ def level(pair: Pair) -> Iterator[Pair]:
     eventually(lambda: pair.ask(pair.standby, "SELECT status = 'streaming' FROM pg_stat_wal_receiver"), 20)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no standby for one that hangs, although this machine may stand still for a second."""
+    monkeypatch.setattr(lag, "LOOK", 20.0)
+
+
 def dsn_of(*servers: Any, attrs: str = "any") -> str:
     ports = ",".join(str(server.port) for server in servers)
     hosts = ",".join("127.0.0.1" for _ in servers)
@@ -89,17 +98,19 @@ def dsn_of(*servers: Any, attrs: str = "any") -> str:
 
 @pytest.fixture
 def make_main(level: Pair) -> Iterator[Callable[..., Any]]:
-    """Make and register `main`, which has a replica, and that; the latter's lag is known then."""
+    """Make and register `main`, which has a replica, and that; the latter's lag is known then, if it `may_be_read`."""
     pools: list[Any] = []
 
-    def make(kind: Any = zpgpool.ThreadedConnectionPool, replica: Any = None, **options: Any) -> Any:
+    def make(
+        kind: Any = zpgpool.ThreadedConnectionPool, replica: Any = None, may_be_read: bool = True, **options: Any
+    ) -> Any:
         replica = {"dsn": dsn_of(level.standby), "idle_timeout": 60} | (replica or {})
-        pools.append(kind(0, 8, **replica, name="replica"))
+        pools.append(kind(0, **{"maxconn": 8} | replica, name="replica"))
         dsn = dsn_of(level.primary)
         pools.append(kind(0, 8, dsn, idle_timeout=60, timeout=5, name="main", replica="replica", **options))
         for pool in pools:
             zpgpool.register_pool(pool, pool.name)
-        eventually(lambda: not watch(pools[0]).why_not(1, time.monotonic()), 20)
+        eventually(lambda: not may_be_read or not watch(pools[0]).why_not(1, time.monotonic()), 20)
         return pools[1]
 
     yield make
@@ -186,12 +197,12 @@ def test_no_cookie_when_it_is_off(make_main: Any) -> None:
 )
 def test_a_cookie_is_trusted_for_as_long_as_the_setting_says(age: float, is_trusted: bool) -> None:
     environ: Any = {"HTTP_COOKIE": f"a=b; zpgpool-written={time.time() - age}"}
-    assert asks_for_primary(environ, 5.0) is is_trusted
+    assert has_written(environ, 5.0) is is_trusted
 
 
 @pytest.mark.parametrize("value", ["", "x", "nan", "inf", "-inf", '"', "1e999", "zpgpool-written"])
 def test_a_cookie_of_nonsense_is_none(value: str) -> None:
-    assert not asks_for_primary({"HTTP_COOKIE": f"zpgpool-written={value}"}, 5.0)
+    assert not has_written({"HTTP_COOKIE": f"zpgpool-written={value}"}, 5.0)
 
 
 def test_a_header_asks_for_the_primary(make_main: Any) -> None:
@@ -341,6 +352,90 @@ def test_pyramid(level: Pair) -> None:
         zpgpool.get_pool(name, config.registry).close(0)
 
 
+@pytest.mark.parametrize("include", ["pyramid_tm", None])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_pyramids_page_of_an_error_is_not_the_answer_to_a_write(
+    level: Pair, include: str | None, is_there: bool
+) -> None:
+    """An exception view makes a page of what the replica refuses, or a session of the primary's that only reads."""
+    settings = {
+        "zpgpool.dsn": dsn_of(level.primary),
+        "zpgpool.replica": "readers",
+        "zpgpool.max_lag": "none",
+        "zpgpool.readers.dsn": dsn_of(level.standby),
+        "tm.manager_hook": "pyramid_tm.explicit_manager",
+    }
+    config = Configurator(settings=settings)
+    for each in [include] if include else []:
+        config.include(each)
+    config.include("zpgpool")
+    config.add_route("all", "/*path")
+
+    def view(request: Any) -> Any:
+        if "bug" in request.path:
+            ran.append("bug")
+            run(request.pgconn, "SELECT 1/0")
+        return Response(run(request.pgconn, "INSERT INTO notes (text) VALUES ('x') RETURNING 'written'"))
+
+    def page(error: Exception, request: Any) -> Any:
+        return Response(type(error).__name__, status=500)
+
+    ran: list[str] = []
+    config.add_view(view, route_name="all")
+    config.add_exception_view(page, context=psycopg2.Error)
+    client = TestApp(config.make_wsgi_app())
+    if not is_there:
+        watch(zpgpool.get_pool("readers", config.registry)).lost("it is lost")
+    assert client.get("/").text == "written"
+    assert client.get("/bug", status=500).text == "DivisionByZero"
+    assert ran == ["bug"]
+    for name in ("", "readers"):
+        assert zpgpool.get_pool(name, config.registry).holders() == []
+        zpgpool.get_pool(name, config.registry).close(0)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_a_transaction_has_committed_is_not_done_again(level: Pair, writes: bool) -> None:
+    """Its body's first query loses the replica, after the commit in another pool."""
+    level.ask(level.primary, "DROP TABLE IF EXISTS once", "CREATE TABLE once (n int)")
+    settings = {
+        "zpgpool.dsn": dsn_of(level.primary),
+        "zpgpool.replica": "readers",
+        "zpgpool.max_lag": "none",
+        "zpgpool.readers.dsn": dsn_of(level.standby),
+        "zpgpool.other.dsn": dsn_of(level.primary),
+        "tm.manager_hook": "pyramid_tm.explicit_manager",
+    }
+    config = Configurator(settings=settings)
+    for each in ("pyramid_tm", "zpgpool"):
+        config.include(each)
+    config.add_route("all", "/")
+    ran: list[str] = []
+
+    def view(request: Any) -> Any:
+        ran.append(run(request.pgconn, WHERE))
+        if writes:
+            run(connection_of(request, "other"), "INSERT INTO once VALUES (1)")
+            request.tm.get().addAfterCommitHook(lambda success: ran.append("hook"))
+
+        def body() -> Iterator[bytes]:
+            if run(request.pgconn, WHERE) == "standby":
+                run(request.pgconn, "SELECT pg_terminate_backend(pg_backend_pid())")
+            yield b"x"
+
+        return Response(app_iter=body())
+
+    config.add_view(view, route_name="all")
+    client = TestApp(config.make_wsgi_app())
+    with pytest.raises(psycopg2.Error):
+        client.get("/")
+    assert ran == (["standby", "hook"] if writes else ["standby"])
+    assert level.ask(level.primary, "SELECT count(*) FROM once") == int(writes)
+    for name in ("", "readers", "other"):
+        assert zpgpool.get_pool(name, config.registry).holders() == []
+        zpgpool.get_pool(name, config.registry).close(0)
+
+
 # A replica that has gone ---------------------------------------------------------------------------------------------
 
 
@@ -480,11 +575,11 @@ def test_a_body_that_has_begun_is_not_begun_again(make_main: Any, level: Pair) -
 
 
 def test_a_busy_replica(make_main: Any, caplog: pytest.LogCaptureFixture) -> None:
-    make_main(replica={"timeout": 0})
+    make_main(replica={"timeout": 30})
     _, replica = pools()
     conns = [replica.getconn() for _ in range(8)]
     assert site().get("/").text == "primary"
-    assert "GET / reads from the primary: connection pool exhausted" in caplog.text
+    assert "GET / reads from the primary: no connection came free within 1.0 s" in caplog.text
     for conn in conns:
         replica.putconn(conn)
     assert site().get("/").text == "standby"  # it was not taken for lost
@@ -630,14 +725,279 @@ def test_what_has_been_sent_is_not_sent_again(make_main: Any) -> None:
 )
 def test_the_newest_cookie_counts(ago: list[float], is_asked: bool) -> None:
     cookies = "; ".join(["a=b", *(f"zpgpool-written={time.time() - each:.3f}" for each in ago), "c=d"])
-    assert asks_for_primary({"HTTP_COOKIE": cookies}, 5) is is_asked
-    assert not asks_for_primary({"HTTP_COOKIE": cookies.replace("zpgpool", "xzpgpool")}, 5)
+    assert has_written({"HTTP_COOKIE": cookies}, 5) is is_asked
+    assert not has_written({"HTTP_COOKIE": cookies.replace("zpgpool", "xzpgpool")}, 5)
 
 
 def test_the_cookies_path_is_the_browsers(make_main: Any) -> None:
     make_main()
     response = site().post("/", extra_environ={"SCRIPT_NAME": "/caf\xc3\xa9"})
     assert "Path=/caf%C3%A9" in response.headers["Set-Cookie"]
+
+
+# Read-only sessions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocommit", [None, True, "safe"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sessions_of_a_replicas_pool_are_read_only_whatever_they_find(
+    level: Pair, kind: Any, autocommit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kind(1, 2, dsn_of(level.primary), autocommit=autocommit, idle_timeout=60, timeout=5) as pool:
+        pool.putconn(pool.getconn())
+        watch(pool)
+        watch(pool)
+        assert pool.settings.timeout == lag.WAIT
+        drained = pool.get_stats()["connections_num"]
+        pool.serve_readers(lag.WAIT)  # it does already
+        assert pool.get_stats()["connections_num"] == drained
+        for at_once in (False, True) if autocommit else (False,):
+            with pool.connection() as conn:
+                conn.autocommit = at_once
+                with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+                    run(conn, "INSERT INTO notes (text) VALUES ('x')")
+
+
+def test_who_cannot_read_only_is_left_out(make_main: Any, level: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"pooler": "pgbouncer-transaction", "autocommit": True}
+    make_main(replica={"dsn": dsn_of(level.standby), **options}, may_be_read=False)
+    assert site().get("/").text == "primary"
+    assert "option 'readonly' with autocommit cannot be kept with option 'pooler'" in caplog.text
+
+
+def test_a_write_on_a_promoted_replica_is_done_on_the_primary(make_main: Any, level: Pair) -> None:
+    """Before a look has found out."""
+    main = make_main(replica={"dsn": dsn_of(level.primary, level.standby)}, may_be_read=False, max_lag=None)
+    client = site()
+    response = client.get("/write")
+    assert response.text == "written"
+    assert "zpgpool-written" in response.headers["Set-Cookie"]
+    assert main.get_stats()["connections_num"] == 1
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT count(*)::text FROM unlogged",
+        f"SET TRANSACTION READ WRITE; {WHERE}",
+        f"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; {WHERE}",
+    ],
+)
+def test_what_a_standby_cannot_do_is_done_on_the_primary(make_main: Any, level: Pair, sql: str) -> None:
+    """SQLSTATE 0A000."""
+    level.ask(level.primary, "DROP TABLE IF EXISTS unlogged", "CREATE UNLOGGED TABLE unlogged (id int)")
+    wal = level.ask(level.primary, "SELECT pg_current_wal_lsn()")
+    eventually(lambda: level.ask(level.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 20)
+    make_main()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        answer = run(get_connection(environ, "main"), sql)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [answer.encode()]
+
+    assert site(app).get("/").text in ("0", "primary")
+
+
+# Who gets the cookie --------------------------------------------------------------------------------------------------
+
+
+def written(response: Any) -> float:
+    """Return the time that the response's cookie has; 0.0: it has none."""
+    cookies = [each for each in response.headers.getall("Set-Cookie") if each.startswith("zpgpool-written=")]
+    return max((float(each.partition("=")[2].split(";")[0]) for each in cookies), default=0.0)
+
+
+WAYS = ["the replica refuses", "the header", "an older cookie", "left out", "exhausted", "lost", "prefer-standby"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_writes_gets_the_cookie(make_main: Any, level: Pair, kind: Any, way: str) -> None:
+    dsn = dsn_of(level.primary, level.standby)
+    replica = {"exhausted": {"timeout": 0}, "prefer-standby": {"dsn": dsn}}.get(way)
+    make_main(kind, replica, may_be_read=way != "prefer-standby", max_lag=None)
+    client, headers, held = site(), {}, []
+    if way == "the header":
+        headers = HEADER
+    elif way == "an older cookie":
+        client.set_cookie("zpgpool-written", f"{time.time() - 1:.3f}")
+    elif way == "left out":
+        watch(pools()[1]).lost("it is lost")
+    elif way == "exhausted":
+        held = [pools()[1].checkout() for _ in range(8)]
+    elif way == "lost":
+        level.standby.halt()
+    assert not written(client.get("/"))  # who reads does not get it: not for ever a new one
+    before = time.time()
+    response = client.get("/write", headers=headers)
+    assert response.text == "written"
+    assert written(response) >= round(before, 3) - 0.001
+    assert response.headers.getall("Cache-Control") == ["private"]
+    for checkout in held:
+        checkout.putconn()
+    assert client.get("/").text == "primary"
+    assert [pool.holders() for pool in pools()] == [[], []]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_the_cookie_has_the_time_when_the_write_has_ended(make_main: Any, method: str, is_streamed: bool) -> None:
+    make_main()
+    ended = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        def body() -> Iterator[bytes]:
+            conn = get_connection(environ, "main")
+            run(conn, "INSERT INTO notes (text) SELECT 'x' FROM pg_sleep(0.2)")
+            conn.commit()
+            ended.append(time.time())
+            yield b"x"
+
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return body() if is_streamed else list(body())
+
+    assert written(site(app).request("/", method=method)) >= ended[0] - 0.001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transaction_that_writes_where_there_is_no_replica_runs_again(make_main: Any, kind: Any) -> None:
+    """On the primary, whose session only read until then."""
+    make_main(kind)
+    watch(pools()[1]).lost("it is lost")
+    ran = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        for attempt in transaction.manager.attempts(2):
+            with attempt:
+                ran.append(run(connection("main"), WHERE))
+                run(connection("main"), "INSERT INTO notes (text) VALUES ('x')")
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"x"]
+
+    assert written(site(app).get("/"))
+    assert ran == ["primary", "primary"]
+    with pools()[0].connection() as conn:
+        assert run(conn, "SHOW transaction_read_only") == "off"
+
+
+@pytest.mark.parametrize(
+    ("script_name", "expected"),
+    [
+        ("", "/"),
+        ("/a@1", "/a@1"),
+        ("/shop:2", "/shop:2"),
+        ("/it's(1)!*+=$&~|[]", "/it's(1)!*+=$&~|[]"),
+        ("/caf\xc3\xa9 x", "/caf%C3%A9%20x"),
+        ('/"<>`{}#?', "/%22%3C%3E%60%7B%7D%23%3F"),
+        ("/100%", "/100%25"),
+        ("/a/b;c/d", "/a"),
+        ("/a,b", "/"),
+    ],
+)
+def test_the_cookies_path_is_as_browsers_compare_it(script_name: str, expected: str) -> None:
+    [(_, cookie), _] = with_write_cookie([], {"SCRIPT_NAME": script_name}, 2.5)
+    assert f"; Path={expected};" in cookie
+    assert "Max-Age=3;" in cookie
+
+
+def test_two_cookie_headers_are_joined_with_a_comma() -> None:
+    now = f"zpgpool-written={time.time():.3f}"
+    for cookies in (f"a=b, {now}, c=d", f"{now},a=b", f"a=b,{now}"):
+        assert has_written({"HTTP_COOKIE": cookies}, 5)
+
+
+# A replica that hangs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(level: Pair) -> Iterator[Proxy]:
+    """On the way to the standby."""
+    proxy = Proxy(level.standby.port or 0)
+    yield proxy
+    proxy.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nobody_waits_for_a_replica_that_hangs(
+    make_main: Any, level: Pair, kind: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a query, or in the queue of its pool: they begin again, or read, on the primary, which serves all others."""
+    make_main(kind, {"dsn": proxy.dsn(dsn_of(level.standby)), "maxconn": 2})
+    known = watch(pools()[1])
+    client = site()
+    assert client.get("/").text == "standby"
+    proxy.is_forwarding = False
+    monkeypatch.setattr(lag, "LOOK", 0.75)
+    start = time.monotonic()
+    calls = [Call(site().get, "/") for _ in range(6)]
+    assert [call.result().text for call in calls] == ["primary"] * 6
+    assert is_within(time.monotonic() - start, 3)
+    assert known.trouble == lag.SILENT
+    assert [pool.holders() for pool in pools()] == [[], []]
+    monkeypatch.setattr(lag, "LOOK", 20.0)
+    proxy.is_forwarding = True
+    eventually(lambda: client.get("/").text == "standby", 30)
+
+
+def test_a_look_that_does_not_end_is_overdue(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is looked up may take for ever."""
+    make_main()
+    known = lag.Lag(pools()[1])
+    is_over = threading.Event()
+    monkeypatch.setattr(lag, "query", lambda *args: is_over.wait(10) and ([(True, True, None)], 0))
+    start = time.monotonic()
+    known.run_maintenance(start)
+    looker = known._looker
+    with pools()[1].connection() as conn:
+        known.run_maintenance(start + lag.LOOK)
+        assert run(conn, "SELECT 1") == 1
+        known.run_maintenance(start + lag.LOOK + 2 * lag.TICK)
+        assert known.trouble == lag.SILENT
+        with pytest.raises(psycopg2.Error):
+            run(conn, "SELECT 1")
+    is_over.set()
+    looker.join()
+
+
+def test_who_waits_long_has_a_look_made_soon(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_main()
+    known = lag.Lag(pools()[1])
+    looks: list[float] = []
+    monkeypatch.setattr(known, "look", lambda: looks.append(1))
+
+    def maintain(now: float) -> int:
+        known.run_maintenance(now)
+        known._looker.join()
+        return len(looks)
+
+    start = time.monotonic()
+    assert [maintain(start + each) for each in (0, 0.6, 1.5, 2.1)] == [1, 1, 1, 2]
+    with pools()[1].connection():
+        assert maintain(start + 2.1 + lag.HURRY + 0.01) == 3
+
+
+def test_a_limit_of_connections_says_nothing_of_the_replica(make_main: Any, level: Pair) -> None:
+    """The look goes over a connection of the pool's then, if one is free."""
+    level.ask(level.primary, "DROP ROLE IF EXISTS few", "CREATE ROLE few LOGIN CONNECTION LIMIT 2")
+    eventually(lambda: level.ask(level.standby, "SELECT count(*) FROM pg_roles WHERE rolname = 'few'"))
+    dsn = dsn_of(level.standby).replace("user=postgres", "user=few")
+    make_main(replica={"dsn": dsn, "maxconn": 2})
+    replica = pools()[1]
+    held = [replica.getconn() for _ in range(2)]
+    known = watch(replica)
+    before = known._looked_at
+    known.look()
+    assert (known.trouble, known._looked_at) == ("", before)
+    replica.putconn(held.pop())
+    known.look()
+    assert known.trouble == ""
+    assert known._looked_at > before
+    replica.putconn(held.pop())
+
+
+def test_a_pool_for_one_thread_is_not_asked_by_another(make_main: Any) -> None:
+    make_main(zpgpool.SimpleConnectionPool)
+    assert lag._ask_in(pools()[1]) == []
 
 
 # A safe method that writes -------------------------------------------------------------------------------------------
@@ -735,9 +1095,30 @@ def test_a_role_without_rights_sees_it_too(make_main: Any, level: Pair) -> None:
     assert lag_of(pools()[1]).seconds == 0.0  # type: ignore[union-attr]
 
 
-def test_a_promoted_replica_is_not_behind(make_main: Any, level: Pair) -> None:
-    make_main(replica={"dsn": dsn_of(level.primary)})
-    assert lag_of(pools()[1]).seconds == 0.0  # type: ignore[union-attr]
+def test_a_server_that_is_no_standby_is_left_out(
+    make_main: Any, level: Pair, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its connections are left when a standby is there again, as `prefer-standby` finds one."""
+    dsn = dsn_of(level.standby, level.primary, attrs="prefer-standby")
+    level.standby.halt()
+    main = make_main(replica={"dsn": dsn}, may_be_read=False, max_lag=None)
+    replica = pools()[1]
+    known = watch(replica)
+    eventually(lambda: known.trouble == lag.NO_STANDBY)
+    assert site().get("/").text == "primary"
+    assert "is left out" in caplog.text
+    assert "split brain" in caplog.text
+    assert (main.get_stats()["connections_num"], replica.get_stats()["connections_num"]) == (1, 0)
+    replica.putconn(replica.getconn())
+    level.standby.launch()
+    eventually(lambda: not known.why_not(None, 0.0), 20)
+    eventually(lambda: site().get("/").text == "standby", 20)
+    known.trouble = lag.NO_STANDBY
+    known.look()
+    assert known.trouble == ""
+    replica.close(0)
+    known.trouble = lag.NO_STANDBY
+    known.look()  # it was closed meanwhile
 
 
 def test_what_is_not_known_is_not_read(make_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -859,3 +1240,114 @@ def test_a_forked_child_looks_for_itself(make_main: Any, monkeypatch: pytest.Mon
     assert watch(pools()[1]) is known
     assert watch(pools()[1]) is known
     assert watched == [known]
+
+
+# All of it at once ----------------------------------------------------------------------------------------------------
+
+
+#: Requests of each client between two events.
+MORE = 40
+
+
+class Reader:
+    """A client that keeps cookies, writes in whatever way, and reads what it has written."""
+
+    def __init__(self, port: int, number: int, kinds: list[str]) -> None:
+        self.port, self.number, self.kinds = port, number, kinds
+        self.cookie = ""
+        self.written = self.asked = 0
+        self.slowest = 0.0
+        self.faults: list[str] = []
+
+    def ask(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+        start = time.monotonic()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as conn:
+            conn.request(method, f"{path}/{self.number}", headers={"Cookie": self.cookie, **headers})
+            response = conn.getresponse()
+            body = response.read().decode()
+        for cookie in response.msg.get_all("Set-Cookie") or []:
+            self.cookie = cookie.partition(";")[0]
+        self.asked += 1
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        return response.status, body
+
+    def run(self, is_over: threading.Event) -> None:
+        while not is_over.is_set():
+            kind = self.kinds[self.asked % len(self.kinds)]
+            method, path, *header = kind.split()
+            status, body = self.ask(method, path, HEADER if header else {})
+            if status != 200:
+                self.faults.append(f"{kind}: {status} {body}")
+            elif path == "/read":
+                if int(body) != self.written:
+                    self.faults.append(f"read {body}, written {self.written}")
+            else:
+                self.written += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_see_what_they_wrote_whatever_becomes_of_the_standby(
+    make_main: Any, level: Pair, proxy: Proxy, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything done twice, and nobody waits long. Behind, killed, frozen, and promoted in the end."""
+    monkeypatch.setattr(lag, "LOOK", 0.75)
+    level.ask(level.primary, "DROP TABLE IF EXISTS done", "CREATE TABLE done (client int)")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        path, _, number = environ["PATH_INFO"].rpartition("/")
+
+        def body() -> Iterator[bytes]:
+            conn = get_connection(environ, "main")
+            count: Any = 0
+            if path != "/read":
+                run(conn, "INSERT INTO done VALUES (%s)", number)
+            else:
+                count = run(conn, "SELECT count(*) FROM done WHERE client = %s", number)
+            conn.commit()
+            yield str(count).encode()
+
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return body() if "stream" in path else list(body())
+
+    make_main(kind, {"dsn": proxy.dsn(dsn_of(level.standby)), "maxconn": 6}, primary_after_write=8, max_lag=2)
+    replica = pools()[1]
+    wal = level.ask(level.primary, "SELECT pg_current_wal_lsn()")
+    eventually(lambda: level.ask(level.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 20)
+    kinds = ["POST /write", "GET /read", "GET /write", "GET /read", "GET /write header", "GET /read"]
+    kinds += ["POST /stream", "GET /read", "GET /stream", "GET /read"] + ["GET /read"] * 20
+    is_over = threading.Event()
+    with waitress(PoolMiddleware(app, name="main"), threads=8) as port:
+        clients = [Reader(port, number, kinds[number % 7 :] + kinds[: number % 7]) for number in range(12)]
+        lurker = Reader(port, 99, ["GET /read"])  # it never writes: from the replica
+        calls = [Call(client.run, is_over) for client in [*clients, lurker]]
+
+        def wait_for_more() -> None:
+            seen = [client.asked for client in clients]
+            eventually(lambda: all(client.asked > each + MORE for client, each in zip(clients, seen, strict=True)), 60)
+
+        try:
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_wal_replay_pause()")
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_wal_replay_resume()")
+            level.standby.halt(signal.SIGQUIT)
+            wait_for_more()
+            level.standby.launch()
+            wait_for_more()
+            proxy.is_forwarding = False
+            wait_for_more()
+            proxy.is_forwarding = True
+            wait_for_more()
+            level.ask(level.standby, "SELECT pg_promote()")
+            wait_for_more()
+            eventually(lambda: watch(replica).trouble in (lag.NO_STANDBY, lag.SILENT), 20)
+        finally:
+            is_over.set()
+            for call in calls:
+                call.result()
+            level.attach(is_synchronous=False)
+    assert [client.faults for client in [*clients, lurker]] == [[]] * 13
+    done = "SELECT coalesce(json_object_agg(client, count), '{}') FROM (SELECT client, count(*) FROM done GROUP BY 1) x"
+    assert level.ask(level.primary, done) == {str(client.number): client.written for client in clients}
+    assert is_within(max(client.slowest for client in clients), 5)

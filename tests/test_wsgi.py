@@ -1665,3 +1665,39 @@ class TestAutocommitSafe:
 
         TestApp(PoolMiddleware(app)).get("/")
         assert seen == [TRANSACTION_STATUS_INTRANS]
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("eager", [True, False])
+def test_two_filters_with_one_name_have_a_database_each(
+    make_pool: MakePool, kind: str, streams: bool, eager: bool
+) -> None:
+    """One environ: what is mounted has that of its request, and restores what it has found there."""
+    pools = [make_pool(KINDS[kind], idle_timeout=60, application_name=name) for name in ("outer", "inner")]
+
+    def who(environ: Any) -> Any:
+        if eager and not streams:
+            assert environ["zpgpool.connection"] is get_connection(environ)
+        return run(get_connection(environ), "SELECT current_setting('application_name')")
+
+    def inner(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        body = (f" {who(environ)} ".encode() for _ in range(2))
+        return body if streams else list(body)
+
+    mounted = PoolMiddleware(inner, pools[1], eager=eager)
+
+    def outer(environ: Any, start_response: Any) -> Any:
+        def body() -> Iterator[bytes]:
+            assert who(environ) == "outer"
+            parts = mounted(environ, start_response)
+            for part in parts:
+                yield who(environ).encode() + part
+            getattr(parts, "close", list)()
+            yield who(environ).encode()
+
+        return body() if streams else list(body())
+
+    assert serve(PoolMiddleware(outer, pools[0], eager=eager)) == b"outer inner outer inner outer"
+    assert [pool.holders() for pool in pools] == [[], []]

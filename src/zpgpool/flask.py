@@ -19,6 +19,8 @@ from .registry import get_pool
 from .registry import make_pool
 from .request import Lease
 from .request import lease_keys
+from .request import note_commit
+from .request import report
 from .settings import convert_with
 from .settings import count
 from .settings import flag
@@ -110,6 +112,7 @@ def init_app(app: flask.Flask) -> None:
         for checkout in g.pop("_zpgpool", {}).values():
             checkout.putconn()
 
+    flask.got_request_exception.connect(_report, app)
     for error in (PoolTimeout, TooManyRequests, ConnectFailed):
         app.register_error_handler(error, _answer_unavailable)
 
@@ -184,6 +187,8 @@ def _commit(pool: Pool, conn: Connection) -> None:
             "a statement of this request has failed, and was not rolled back to a savepoint: nothing can be committed"
         )
     commit(pool, conn)
+    if not conn.readonly:
+        note_commit()
 
 
 def _leases(environ: WSGIEnvironment, keys: Iterable[str]) -> list[Lease]:
@@ -206,6 +211,10 @@ class _Inner:
             for lease in _leases(environ, self._keys):
                 lease.end()
         return body
+
+
+def _report(sender: flask.Flask, exception: BaseException) -> None:
+    report(exception)
 
 
 def _answer_unavailable(error: Exception) -> flask.Response:

@@ -254,6 +254,20 @@ class IPoolInternals(IMaintained):
     def check_process() -> None:
         """Notice that the process was forked by C code, which does not call Python's hooks."""
 
+    def serve_readers(timeout: float) -> None:
+        """Be a replica's pool: read-only sessions, whatever server they find, and no wait of a checkout above that.
+
+        A `timeout` of 0, which has no limit for a connect, becomes that, too.
+
+        Raises SettingError where a session cannot be read-only, behind a pooler.
+        """
+
+    def longest_use(now: float) -> float:
+        """Return for how long a connection is in use, or being returned, at `now`: the longest one, in seconds."""
+
+    def hang_up() -> None:
+        """End the sockets of all connections in use: what waits there for a silent server gets an error."""
+
     def forgo_timer() -> None:
         """Start no timer: this process serves one request, and ends."""
 

@@ -23,6 +23,7 @@ from .core import commit
 from .errors import PoolError
 from .request import current_lease
 from .request import join_body
+from .request import note_commit
 from .request import SharedCheckout
 from .transient import default_factory
 from .transient import is_retryable
@@ -226,6 +227,7 @@ class DataManager:
             note(error)
             raise
         self.phase = Phase.VOTED
+        note_commit()
 
     def _vote(self, conn: Connection) -> None:
         commit(self.pool, conn)

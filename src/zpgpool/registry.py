@@ -105,6 +105,16 @@ def get_pool(name: str = "", registry: Components | None = None) -> Ours:
     return pool
 
 
+def check_replica(name: str, registry: Components | None = None) -> None:
+    """Raise SettingError when the replica that the pool `name` names is not registered: a name that was mistyped."""
+    settings = getattr(query_pool(name, registry), "settings", None)  # pools of other classes need not have any
+    if replica := getattr(settings, "replica", ""):
+        try:
+            get_pool(replica, registry)
+        except ComponentLookupError as error:
+            raise SettingError(f"option 'replica': {error}") from None
+
+
 def query_pool(name: str = "", registry: Components | None = None) -> Ours | None:
     """Return the pool registered as `name`, or None."""
     registry = getGlobalSiteManager() if registry is None else registry

@@ -25,18 +25,19 @@ from .core import watch
 from .errors import database_error
 from .errors import one_line
 from .errors import PoolError
+from .errors import SettingError
 from .interfaces import IPoolInternals
 from .interfaces import IPoolManagement
 from .registry import get_pool
 from .registry import query_pool
-from .request import asks_for_primary
 from .request import begin_body
 from .request import close_body
 from .request import Disconnects
+from .request import has_left_primary
+from .request import has_written
 from .request import Headers
 from .request import HeldResponse
 from .request import is_complete
-from .request import is_demotion
 from .request import is_lost
 from .request import is_repeatable
 from .request import is_safe
@@ -46,6 +47,7 @@ from .request import lease_class
 from .request import lease_keys
 from .request import local
 from .request import make_unavailable
+from .request import may_write
 from .request import ReplicaLease
 from .request import reveal
 from .request import ThreadLease
@@ -233,7 +235,7 @@ class PoolMiddleware:
         """
         environ[self._key] = lease
         if self._commits_at_once and is_safe(environ):
-            lease.commits_at_once = True
+            lease.set_session(autocommit=True)
         response = HeldResponse()
         response.start_response, response.hook = start_response, hook
         goes_on = begins_again = False
@@ -242,7 +244,7 @@ class PoolMiddleware:
                 self._prepare(environ, lease)
             body = self.app(environ, response)
             if type(body) is not list and not is_complete(body, environ):
-                body, goes_on = begin_body(body, lease, response, original), True
+                body, goes_on = begin_body(body, lease, self._key, response, original), True
             elif (response.status or "").startswith("5"):
                 reveal(body, response, lease, original)
         except Exception as error:
@@ -275,7 +277,7 @@ class PoolMiddleware:
         if self._disconnects is not None:
             self._disconnects.add(lease, environ)
         if self.eager:
-            environ["zpgpool.connection"] = lease.connection()
+            lease.show_connection()
 
     def _serve_again(
         self, environ: WSGIEnvironment, start_response: StartResponse, failed: Lease, before: object
@@ -287,11 +289,13 @@ class PoolMiddleware:
         self, error: Exception, original: WSGIEnvironment | None, response: HeldResponse, lease: Lease
     ) -> bool:
         """Whether the request has failed because of its connection, and nothing of its response was sent."""
-        if original is None or response.is_sent or not is_repeatable(original):
+        if original is None or response.is_sent or lease.has_committed or not is_repeatable(original):
             return False
         cause = database_error(error)
         if cause is not None and isinstance(lease, ReplicaLease) and lease.may_succeed_on_primary(cause):
             lease.fail_over(cause)
+            return True
+        if lease.has_failed_over:  # the application has made a page of the error
             return True
         if not (self.retry_safe and (lease.has_lost_connection or is_lost(cause, lease))):
             return False
@@ -313,7 +317,7 @@ class PoolMiddleware:
             lease.fail_over(cause)
             return None
         pool = lease.pool
-        if is_demotion(cause) and lease.had(cause) and not pool.closed and lag_of(pool) is None:
+        if not pool.closed and lag_of(pool) is None and has_left_primary(cause, lease):
             log.warning("%s: the server takes no writes any more; %r leaves it: %s", lease, pool, cause)
             if IPoolManagement.providedBy(pool):
                 pool.drain()
@@ -335,46 +339,39 @@ class PoolMiddleware:
     def _route(
         self, environ: WSGIEnvironment, start_response: StartResponse, pool: Pool, before: object
     ) -> Iterable[bytes]:
-        """Serve a request from the pool's replica, if it may be read from, or else from the pool."""
+        """Serve a request that only reads from the pool's replica, if that may be read, and every other from the pool.
+
+        Who may write gets the cookie; so does who begins again, and may write then.
+        """
         settings = cast("ManagedPool", pool).settings
         seconds = settings.primary_after_write
         frame = sys._getframe()
 
-        def serve(
-            is_write: Callable[[], bool], *, replica: Pool | None = None, original: WSGIEnvironment | None = None
-        ) -> Iterable[bytes]:
-            lease: Lease = self._lease_class(pool, environ, frame)
-            if replica is not None:
-                lease = self._lease_replica(environ, replica, lease, settings.replica)
+        def serve(writes: bool, original: WSGIEnvironment | None = None) -> Iterable[bytes]:
+            primary: Lease = self._lease_class(pool, environ, frame)
+            lease = primary if writes else self._lease_to_read(environ, primary, seconds)
 
             def hook(headers: Headers) -> Headers:
-                wrote = is_write() or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
-                return with_write_cookie(headers, environ, seconds) if wrote else headers
+                is_writer = writes or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
+                return with_write_cookie(headers, environ, seconds) if is_writer else headers
 
-            def begin_again() -> Iterable[bytes]:
-                # Whatever it does now, it may have written: its client shall see that.
-                return serve(lambda: isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
+            return self._serve(environ, start_response, lease, before, original, lambda: serve(True), hook)
 
-            return self._serve(environ, start_response, lease, before, original, begin_again, hook)
+        return serve(may_write(environ), dict(environ) if is_safe(environ) else None)
 
-        if not is_safe(environ):
-            return serve(lambda: True)
-        replica = None if asks_for_primary(environ, seconds) else self._find_replica(pool, settings)
-        if replica is not None:
-            _check_threads(replica, environ)
-        return serve(lambda: False, replica=replica, original=dict(environ))
-
-    def _lease_replica(self, environ: WSGIEnvironment, replica: Pool, primary: Lease, name: str) -> Lease:
-        """Return a lease that reads from `replica`: by the lease of another filter, if one serves that, too."""
-        key = lease_keys[name]
-        outer = environ.get(key)
-        if not (isinstance(outer, Lease) and outer.pool is replica and not outer.is_over):
-            outer = self._find_outer(environ, None, replica)
-        reader = environ[key] = outer or lease_class(replica)(replica, environ, primary.frame)
+    def _lease_to_read(self, environ: WSGIEnvironment, primary: Lease, seconds: float) -> Lease:
+        """Return a lease that reads: from the replica, if it may be, by the lease of a filter that serves it, too."""
+        replica = None if has_written(environ, seconds) else self._find_replica(primary.pool)
+        if replica is None:
+            return ReplicaLease(primary, primary, False, environ)
+        _check_threads(replica, environ)
+        outer = self._find_outer(environ, None, replica)
+        reader = outer or lease_class(replica)(replica, environ, primary.frame)
         return ReplicaLease(primary, reader, outer is None, environ)
 
-    def _find_replica(self, pool: Pool, settings: PoolSettings) -> Pool | None:
+    def _find_replica(self, pool: Pool) -> Pool | None:
         """Return the replica, or None when it must not be read now."""
+        settings = cast("ManagedPool", pool).settings
         replica = query_pool(settings.replica, self._registry)
         if replica is None:
             why = f"no pool is registered as {settings.replica!r}"
@@ -383,7 +380,10 @@ class PoolMiddleware:
         elif replica.closed:
             why = "it is closed"
         else:
-            why = watch(replica).why_not(settings.max_lag, monotonic())
+            try:
+                why = watch(replica).why_not(settings.max_lag, monotonic())
+            except SettingError as error:  # its sessions cannot be read-only
+                why = str(error)
         if why is not NOT_YET and bool(why) is not self._is_left_out:
             self._is_left_out = bool(why)
             if why:

@@ -21,6 +21,7 @@ from .pools import ThreadedConnectionPool
 from .probe import NoAnswer
 from .probe import query
 from .session import is_at_end
+from .session import is_demoted
 from .session import PLAIN
 from .timer import MaintenanceTimer
 from .timer import timer
@@ -44,6 +45,7 @@ __all__ = [
     "commit",
     "current_work",
     "is_at_end",
+    "is_demoted",
     "is_temporary",
     "lag_of",
     "may_succeed",

@@ -9,11 +9,21 @@ import os
 import random
 import threading
 import weakref
+from contextlib import suppress
 from time import monotonic
+from typing import Any
 from typing import TYPE_CHECKING
 
+import psycopg2
+
+from ..errors import PoolClosed
+from .outage import diagnose
+from .outage import Diagnosis
+from .pools import SimpleConnectionPool
+from .probe import ask_why
 from .probe import NoAnswer
 from .probe import query
+from .probe import Silent
 from .timer import timer
 
 
@@ -25,8 +35,17 @@ if TYPE_CHECKING:
 #: Between two looks, in seconds; up to a fifth less, at random, so that many processes do not look together.
 EVERY = 2.0
 
+#: The same while some user has had its connection for longer than `TICK`: a server that hangs is found out soon.
+HURRY = 0.5
+
 #: How long a look may take, in seconds.
-LOOK = 2.0
+LOOK = 0.75
+
+#: How often the timer comes, in seconds.
+TICK = 0.25
+
+#: No checkout of a replica's pool waits longer, in seconds: there is the primary.
+WAIT = 1.0
 
 #: After so many seconds without a look that was answered nothing is known any more.
 STALE = EVERY + LOOK + 1.0
@@ -40,6 +59,12 @@ SELECT pg_is_in_recovery(),
        AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE coalesce(status, 'streaming') = 'streaming'),
        extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8
 """
+
+#: What a server is that takes writes, too: see `Lag.look`.
+NO_STANDBY = "its server is no standby: a split brain, unless it is the primary itself"
+
+#: What a look says that was not answered in time.
+SILENT = "the server does not answer"
 
 NOT_YET = "it has not been looked at yet"
 
@@ -56,6 +81,8 @@ class Lag:
         #: When the last look began that was answered, and the last one that found nothing left to be replayed.
         self._looked_at = self._level_at = float("-inf")
         self._looker = threading.Thread()
+        #: When it began, and when the next one does.
+        self._began = self._next = float("-inf")
         self._watched_in = 0
 
     def watch(self) -> None:
@@ -69,10 +96,15 @@ class Lag:
         pool = self._pool()
         if pool is None or pool.closed:
             return None
-        if not self._looker.is_alive():
+        is_soon = pool.longest_use(now) > TICK
+        if self._looker.is_alive():
+            if now > self._began + LOOK + TICK:  # it does not end by itself: a name is looked up, or the pool is asked
+                self._hang_up(pool)
+        elif now >= (min(self._next, self._began + HURRY) if is_soon else self._next):
+            self._began, self._next = now, now + EVERY * random.uniform(0.8, 1.0)
             self._looker = threading.Thread(target=self.look, name="zpgpool-lag", daemon=True)
             self._looker.start()
-        return now + EVERY * random.uniform(0.8, 1.0)
+        return now + TICK
 
     def look(self) -> None:
         """Ask the server."""
@@ -80,11 +112,33 @@ class Lag:
         if pool is None:
             return
         try:
-            [(is_standby, is_level, since_replayed)], _ = query(pool, "zpgpool lag", QUESTION, (), start + LOOK)
+            rows, _ = query(pool, "zpgpool lag", QUESTION, (), start + LOOK)
+        except Silent:
+            self._hang_up(pool)
         except NoAnswer as error:
-            self.lost(str(error))
+            # A limit of connections says nothing of the server: it has answered.
+            if diagnose(ask_why(pool.open_connection, start + LOOK)) is not Diagnosis.FULL:
+                self.lost(str(error))
+            elif rows := _ask_in(pool):
+                self._learn(start, pool, *rows[0])
+        else:
+            self._learn(start, pool, *rows[0])
+
+    def _hang_up(self, pool: ObservedPool) -> None:
+        """Let nobody wait for a server that is silent: what runs there ends with an error."""
+        self.lost(SILENT)
+        pool.hang_up()
+
+    def _learn(
+        self, start: float, pool: ObservedPool, is_standby: bool, is_level: bool, since_replayed: float | None
+    ) -> None:
+        if not is_standby:
+            self.lost(NO_STANDBY)
             return
-        if is_level or not is_standby:
+        if self.trouble == NO_STANDBY:
+            with suppress(PoolClosed):
+                pool.drain()  # its connections are to the other one
+        if is_level:
             self._level_at = start
         # The last commit may be old because there was none since: the last moment with nothing to replay tells more.
         behind = min(start - self._level_at, float("inf") if since_replayed is None else max(0.0, since_replayed))
@@ -117,6 +171,18 @@ class Lag:
         return {"seconds": self.seconds, "ago": ago, "trouble": self.trouble}
 
 
+def _ask_in(pool: ObservedPool) -> list[tuple[Any, ...]]:
+    """Ask over a connection of the pool's; return nothing when none is free."""
+    if isinstance(pool, SimpleConnectionPool):  # it is for one thread
+        return []
+    try:
+        with pool.connection(timeout=TICK) as conn, conn.cursor() as cursor:
+            cursor.execute(QUESTION)
+            return cursor.fetchall()
+    except psycopg2.Error:
+        return []
+
+
 _lock = threading.RLock()  # reentrant, for a signal's handler
 
 
@@ -131,9 +197,14 @@ _lags: weakref.WeakKeyDictionary[Pool, Lag] = weakref.WeakKeyDictionary()
 
 
 def watch(pool: ObservedPool) -> Lag:
-    """Return the lag of `pool`, whose server is a replica, and which is looked at from now on."""
+    """Return the lag of `pool`, whose server is a replica, and which is looked at from now on.
+
+    Raises SettingError where its sessions cannot be read-only.
+    """
     lag = _lags.get(pool)
     if lag is None:
+        # Whatever server they find: a standby may be promoted, and "prefer-standby" may meet the primary.
+        pool.serve_readers(WAIT)
         with _lock:
             lag = _lags.setdefault(pool, Lag(pool))
     lag.watch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from os import getpid
 from time import monotonic
 from typing import NoReturn
@@ -155,6 +156,23 @@ class ManagedPool(Users):
         """See `IPoolInternals`."""
         self._timer = None
 
+    def serve_readers(self, timeout: float) -> None:
+        """See `IPoolInternals`."""
+        settings = replace(self.settings, readonly=True, timeout=min(timeout, self.settings.timeout or timeout))
+        if settings != self.settings:
+            self._apply(settings)
+            self._connections.drain(later=True)
+
+    def longest_use(self, now: float) -> float:
+        """See `IPoolInternals`."""
+        return max((now - entry.since for _, entry in self._busy()), default=0.0)
+
+    def hang_up(self) -> None:
+        """See `IPoolInternals`."""
+        for _, entry in self._busy():
+            entry.expire_now()
+            entry.cut()
+
     def adopt_name(self, name: str) -> None:
         """Take the name under which the pool is registered, unless it was given one of its own."""
         if name and not self.settings.name:
@@ -181,6 +199,10 @@ class ManagedPool(Users):
     def _refuse(self, why: str) -> NoReturn:
         self._check_open()
         raise PoolError(f"{self!r}: {why}")
+
+    @abstractmethod
+    def _apply(self, settings: PoolSettings) -> None:
+        """Follow these settings from now on."""
 
     @abstractmethod
     def _forget(self) -> None:

@@ -29,6 +29,10 @@ class NoAnswer(Exception):
     """What the server cannot be asked; the message is one line, without a secret."""
 
 
+class Silent(NoAnswer):
+    """The server has not answered in time."""
+
+
 def query(
     pool: ObservedPool, application_name: str, sql: str, args: Sequence[object] | Mapping[str, object], until: float
 ) -> tuple[list[tuple[Any, ...]], int]:
@@ -45,7 +49,7 @@ def query(
                 _wait(conn, until)
                 return cursor.fetchall(), conn.get_backend_pid()
     except TimeoutError:
-        raise NoAnswer("the server does not answer") from None
+        raise Silent("the server does not answer") from None
     except (psycopg2.Error, OSError, UnicodeError) as error:
         raise NoAnswer(pool.scrub(one_line(error))) from None
 

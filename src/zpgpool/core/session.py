@@ -166,6 +166,12 @@ def set_up(conn: Connection, settings: PoolSettings) -> None:
     session = {name: getattr(settings, name) for name in SESSION}
     if session["autocommit"] == "safe":
         session["autocommit"] = None  # until a request of a safe method has it
+        if session["readonly"]:
+            # The server's setting: psycopg2 forgets its own when autocommit is set later.
+            session["readonly"] = None
+            with conn.cursor(cursor_factory=cursor) as curs:
+                curs.execute("SET default_transaction_read_only = on")
+            conn.commit()
     if any(value is not None for value in session.values()):
         conn.set_session(**session)
     if settings.configure is not None:
@@ -174,12 +180,33 @@ def set_up(conn: Connection, settings: PoolSettings) -> None:
             raise PoolError(f"{settings.configure!r} left the connection in a transaction: it must commit")
 
 
+def is_demoted(conn: Connection) -> bool:
+    """Ask the server, after an error, whether it takes no writes: a standby, or made read-only since the connect.
+
+    Not whether this session, or its transaction, was made read-only by its user. Ends the transaction.
+    """
+    try:
+        roll_back(conn)
+        with conn.cursor(cursor_factory=cursor) as curs:
+            curs.execute(
+                "SELECT pg_is_in_recovery() OR reset_val = 'on' FROM pg_settings "
+                "WHERE name = 'default_transaction_read_only'"
+            )
+            [(is_demoted,)] = curs.fetchall()
+        roll_back(conn)
+    except psycopg2.Error:
+        return False
+    return bool(is_demoted)
+
+
 def restore(conn: Any, baseline: tuple[object, ...]) -> None:
     """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed."""
     _, autocommit, isolation_level, readonly, deferrable, encoding, conn.cursor_factory = baseline
     conn.autocommit = False
-    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
+    conn.isolation_level = conn.readonly = conn.deferrable = None
     conn.autocommit = autocommit
+    # After it: what is set before, psycopg2 forgets with autocommit.
+    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
     if conn.encoding != encoding:
         conn.set_client_encoding(encoding)
 

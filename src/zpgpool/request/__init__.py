@@ -8,23 +8,26 @@ from .body import is_complete
 from .body import join_body
 from .disconnects import Disconnects
 from .failures import close_body
-from .failures import is_demotion
+from .failures import has_left_primary
 from .failures import is_lost
 from .failures import is_unavailable
 from .failures import make_unavailable
 from .failures import reveal
 from .keys import lease_keys
+from .kinds import lease_class
+from .kinds import ThreadLease
 from .lease import current_lease
 from .lease import Lease
-from .lease import lease_class
 from .lease import local
-from .lease import ThreadLease
-from .replica import asks_for_primary
+from .lease import note_commit
 from .replica import fail_over
+from .replica import has_written
 from .replica import is_repeatable
 from .replica import is_safe
 from .replica import may_succeed_on_primary
+from .replica import may_write
 from .replica import ReplicaLease
+from .replica import report
 from .replica import with_write_cookie
 from .response import Headers
 from .response import HeldResponse
@@ -39,13 +42,13 @@ __all__ = [
     "ReplicaLease",
     "SharedCheckout",
     "ThreadLease",
-    "asks_for_primary",
     "begin_body",
     "close_body",
     "current_lease",
     "fail_over",
+    "has_left_primary",
+    "has_written",
     "is_complete",
-    "is_demotion",
     "is_lost",
     "is_repeatable",
     "is_safe",
@@ -56,6 +59,9 @@ __all__ = [
     "local",
     "make_unavailable",
     "may_succeed_on_primary",
+    "may_write",
+    "note_commit",
+    "report",
     "reveal",
     "with_write_cookie",
 ]

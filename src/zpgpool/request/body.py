@@ -19,6 +19,8 @@ from .shared import Transaction
 
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from _typeshed.wsgi import WSGIEnvironment
 
 
@@ -38,13 +40,20 @@ def is_complete(body: object, environ: WSGIEnvironment) -> bool:
 
 
 class Body:
-    """A body that is iterated, in whichever thread, and closed. Its first chunk, if it has one, was taken already."""
+    """A body that is iterated, in whichever thread, and closed. Its first chunk, if it has one, was taken already.
 
-    def __init__(self, body: Iterable[bytes], iterator: Iterator[bytes], first: list[bytes], lease: Lease) -> None:
+    key -- where `environ` has the lease while the application runs, as in the call that has returned the body. In
+        between another one may be there: what is mounted has its own pool of the same name, and the same environ.
+    """
+
+    def __init__(
+        self, body: Iterable[bytes], iterator: Iterator[bytes], first: list[bytes], lease: Lease, key: str
+    ) -> None:
         self._body = body
         self._iterator = iterator
         self._first = first
         self._lease = lease
+        self._key = key
         self._is_closed = False
 
     def __iter__(self) -> Iterator[bytes]:
@@ -53,11 +62,22 @@ class Body:
     def __next__(self) -> bytes:
         if self._first and not self._is_closed:
             return self._first.pop()
-        before = self._lease.enter(sys._getframe())
+        before = self._enter(sys._getframe())
         try:
             return next(self._iterator)
         finally:
-            self._lease.leave(before)
+            self._leave(before)
+
+    def _enter(self, frame: FrameType) -> tuple[Lease | None, object]:
+        before = self._lease.enter(frame)
+        environ = self._lease.environ
+        known, environ[self._key] = environ.get(self._key), self._lease
+        return before, known
+
+    def _leave(self, before: tuple[Lease | None, object]) -> None:
+        self._lease.leave(before[0])
+        if before[1] is not None:
+            self._lease.environ[self._key] = before[1]
 
     def close(self) -> None:
         """Close the application's body, then end the request, whatever that raised; once."""
@@ -73,11 +93,11 @@ class Body:
         body, self._body = self._body, ()
         close = getattr(body, "close", None)
         if close is not None:
-            before = self._lease.enter(sys._getframe())
+            before = self._enter(sys._getframe())
             try:
                 close()
             finally:
-                self._lease.leave(before)
+                self._leave(before)
 
     def __del__(self) -> None:
         is_closed = getattr(self, "_is_closed", None)
@@ -101,7 +121,7 @@ class SizedBody(Body):
 
 
 def begin_body(
-    body: Iterable[bytes], lease: Lease, response: HeldResponse, original: WSGIEnvironment | None
+    body: Iterable[bytes], lease: Lease, key: str, response: HeldResponse, original: WSGIEnvironment | None
 ) -> Iterable[bytes]:
     """Take the first chunk, with which the response starts; until then another one can take its place."""
     try:
@@ -111,7 +131,7 @@ def begin_body(
         if (response.status or "").startswith("5"):
             reveal((), response, lease, original)  # the body is closed below
         response.send()
-        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease)
+        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease, key)
     except BaseException:
         close_body(body)
         raise

@@ -9,6 +9,7 @@ from psycopg2 import errorcodes
 from webob import Response
 
 from ..core import is_at_end
+from ..core import is_demoted
 from ..core import is_temporary
 from ..errors import PoolTimeout
 from ..errors import TooManyRequests
@@ -27,7 +28,8 @@ def reveal(body: object, response: HeldResponse, lease: Lease, original: WSGIEnv
     # Not reported, it is a guess: an error from before the connection that there is may have been got over.
     failure = lease.reported or (None if lease.connections() else lease.failure)
     if failure is None or not is_500 or not is_unavailable(failure, lease):
-        is_lost = original is not None and is_repeatable(original) and lease.has_lost_connection
+        may_repeat = original is not None and is_repeatable(original) and not lease.has_committed
+        is_lost = may_repeat and (lease.has_lost_connection or lease.has_failed_over)
         failure = psycopg2.OperationalError(response.status) if is_lost else None
     if failure is not None:
         close_body(body)
@@ -69,10 +71,14 @@ def close_body(body: object) -> None:
         close()
 
 
-def is_demotion(error: psycopg2.Error) -> bool:
-    """Whether the server, not the session's own `readonly`, refused a write (25006): it is no longer a primary."""
-    is_ours = error.cursor is not None and error.cursor.connection.readonly
-    return error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION and not is_ours
+def has_left_primary(error: psycopg2.Error, lease: Lease) -> bool:
+    """Whether a write was refused (25006) because the server is no longer a primary: it is asked, over the connection.
+
+    Not because the session, or the transaction, was made read-only.
+    """
+    if error.pgcode != errorcodes.READ_ONLY_SQL_TRANSACTION or error.cursor is None or not lease.had(error):
+        return False
+    return is_demoted(error.cursor.connection)
 
 
 def is_unavailable(error: psycopg2.Error, lease: Lease) -> bool:

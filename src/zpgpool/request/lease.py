@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from contextlib import suppress
 from threading import get_ident
 from types import FrameType
+from types import MappingProxyType
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -18,27 +18,30 @@ from ..core import tasks
 from ..core import Work
 from ..errors import PoolClosed
 from ..errors import PoolError
-from ..interfaces import IKeyedConnectionPool
-from ..interfaces import IPersistentConnectionPool
 from ..interfaces import IPoolManagement
 from .shared import SharedCheckout
 from .shared import Transaction
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     import psycopg2
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
-    from ..types import KeyedPool
     from ..types import Owner
     from ..types import PersistentPool
     from ..types import Pool
 
+    Session = Mapping[str, Any]
+
 
 log = logging.getLogger("zpgpool")
+
+
+#: Where `environ` has the connection, if it is checked out before the application is called.
+SHOWN = "zpgpool.connection"
 
 
 class ThreadState:
@@ -73,6 +76,9 @@ class Lease(Work):
     #: The request's connection once a transaction shares it.
     _shared: SharedCheckout | None = None
 
+    #: How many references to it are ours then, as `sys.getrefcount` counts: the checkout's, and its own argument.
+    _own_references = 2
+
     #: Whether the transaction began in the body: then the lease must end it.
     _is_shared_in_body = False
 
@@ -80,17 +86,26 @@ class Lease(Work):
     _thread_pool: PersistentPool | None = None
     _owner: Owner = None
 
-    #: Whether the request reads only, and its pool has `autocommit = safe`.
-    commits_at_once = False
+    #: What the session is set to for the request, as `set_session()` takes it; the return sets it back.
+    session: Session = MappingProxyType({})
+
+    #: Whether what it reads from has failed, or refused a write: see `ReplicaLease`.
+    has_failed_over = False
 
     #: What the application says that it has failed with, and has answered itself.
     reported: psycopg2.Error | None = None
 
+    #: Whether a transaction of the request was committed, with this pool or another: it must not run again.
+    has_committed = False
+
     #: Transactions that were begun in the body with a pool that no filter serves to the request.
     guests: tuple[Transaction, ...] = ()
 
-    #: The connection on which autocommit was set for that.
-    _at_once: Connection | None = None
+    #: The connection that was set so.
+    _has_set: Connection | None = None
+
+    #: The connection that it has put into `environ`, if it has, and what was there before.
+    _shown: tuple[Connection, object] | None = None
 
     #: The thread that ends it. Another one that comes to it meanwhile leaves it to that.
     _ender = 0
@@ -156,8 +171,14 @@ class Lease(Work):
                 leases[number] = before
 
     def begin_body(self) -> None:
-        """Say that the application has returned, and goes on in its body."""
+        """Say that the application has returned, and goes on in its body.
+
+        What it has committed by a transaction does not keep its connection, if nothing in the body refers to that: the
+        next use gets one again.
+        """
         self.is_streaming = True
+        if self._shared is not None and sys.getrefcount(self._shared.conn) <= self._own_references:
+            self.let_go()
 
     def pause(self) -> None:
         """Say that the application's code is left, until the server asks for more of its body."""
@@ -169,11 +190,16 @@ class Lease(Work):
         """Return the request's connection. Raises PoolError after the request's end, and what `getconn` raises."""
         raise NotImplementedError  # each kind of pool has a lease of its own, which says how
 
-    def _commit_at_once(self, conn: Connection) -> Connection:
-        """Set autocommit once: the user may change it after that. The return sets it back."""
-        if conn is not self._at_once and conn.status == STATUS_READY:
-            conn.autocommit = True
-            self._at_once = conn
+    def set_session(self, **session: bool | str) -> None:
+        """Have the session be so for the request, too: from its next use on, if it is in a transaction now."""
+        self.session = {**self.session, **session}
+        self._has_set = None
+
+    def _set(self, conn: Connection) -> Connection:
+        """Set the session once: the user may change it after that."""
+        if conn is not self._has_set and conn.status == STATUS_READY:
+            conn.set_session(**self.session)
+            self._has_set = conn
         return conn
 
     def shared_connection(self) -> Connection | None:
@@ -198,12 +224,14 @@ class Lease(Work):
         conn = self.shared_connection()
         if self._shared is None:
             conn = self.connection() if conn is None else conn
-            if conn is self._at_once:
-                conn.autocommit = False
             self._shared = SharedCheckout(self.pool.checkout(conn), self)
             self._hand_over()
         if self._shared.transaction is not None:
             return None
+        if self.session:
+            self._set(self._shared.conn)
+            if self._shared.conn is self._has_set and "autocommit" in self.session:
+                self._shared.conn.autocommit = False
         self._shared.add(transaction)
         self._is_shared_in_body = self.is_streaming
         return self._shared
@@ -257,15 +285,29 @@ class Lease(Work):
             del self.home.leases[id(self.pool)]
         if tasks.get(self._thread) is self:
             del tasks[self._thread]
-        self.environ.pop("zpgpool.connection", None)
-        self.frame = self.failure = self.reported = self._at_once = None
+        if self._shown is not None:
+            self._hide_connection(*self._shown)
+        self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
         self.is_over = True
+
+    def show_connection(self) -> None:
+        """Put the connection into `environ` until the end, in the place of another filter's."""
+        conn = self.connection()
+        self._shown = conn, self.environ.get(SHOWN)
+        self.environ[SHOWN] = conn
+
+    def _hide_connection(self, conn: Connection, before: object) -> None:
+        self._shown = None
+        if self.environ.get(SHOWN) is conn:
+            del self.environ[SHOWN]
+            if before is not None:
+                self.environ[SHOWN] = before
 
     def let_go(self) -> None:
         """Return the connection, if no transaction has it; the next use gets one again."""
         if (shared := self._shared) is not None and shared.transaction is None:
-            self._shared = self._at_once = None
+            self._shared = self._has_set = None
             shared.let_go(self)
 
     def _give_back(self) -> None:
@@ -278,7 +320,9 @@ class Lease(Work):
                 transaction.abandon(f"{self} has ended, and this was begun in its body")
             else:
                 self.home.orphaned.append(transaction)
-                log.warning(
+                # By the pyramid_tm of an application that has called this one it ends soon.
+                log.log(
+                    logging.DEBUG if "tm.active" in self.environ else logging.WARNING,
                     "%s has ended, but its transaction has not: %r keeps the connection until it does. The zpgpool "
                     "filter must stand left of (outside) the filter that commits, as in `pipeline = zpgpool tm app`",
                     self,
@@ -288,110 +332,10 @@ class Lease(Work):
         shared.let_go(self)
 
 
-class ThreadLease(Lease):
-    """A lease of a persistent pool: the connection is the thread's, however the application asks for it."""
-
-    pool: PersistentPool
-
-    def __init__(self, pool: PersistentPool, environ: WSGIEnvironment, frame: FrameType | None = None) -> None:
-        # That of `Lease`, written out, and a look without a call where the pool is one of ours: see test_budget.py.
-        self.pool = self._thread_pool = pool
-        self.environ = environ
-        self.frame = frame
-        self._thread = get_ident()
-        here: Any = getattr(pool, "here", None)
-        owner = self._owner = pool.owner() if here is None else here.owner
-        self.home = local.state
-        self.home.leases[id(pool)] = self  # last: an exception may come between any two lines
-        tasks[self._thread] = self
-        if (here is None or owner.entry is not None) and pool.connection_of(owner) is not None:
-            log.warning("%s: its thread had a connection when it began; that is rolled back, and returned", self)
-            pool.putconn_of(owner)
-
-    def connection(self) -> Connection:
-        """See `Lease`."""
-        if self._shared is not None or self.is_over:
-            conn = self.shared_connection()
-            if conn is not None:
-                return conn
-        if get_ident() != self._thread:  # a server that iterates the body in another thread than it called the app in
-            conn = self.pool.connection_of(self._owner)
-            if conn is not None:
-                return conn
-            tasks.pop(self._thread, None)
-            self._owner, self._thread = self.pool.owner(), get_ident()
-        conn = self.pool.getconn()
-        return self._commit_at_once(conn) if self.commits_at_once else conn
-
-    def connections(self) -> list[Connection]:
-        """See `Lease`."""
-        conn = self.pool.connection_of(self._owner)
-        return super().connections() if conn is None else [conn]
-
-
-class OwnLease(Lease):
-    """A lease of any other pool: the connection is the request's."""
-
-    def _getconn(self) -> Connection:
-        return self.pool.getconn()
-
-    _conn: Connection | None = None
-
-    def connection(self) -> Connection:
-        """See `Lease`."""
-        if self._shared is not None or self.is_over:
-            conn = self.shared_connection()
-            if conn is not None:
-                return conn
-        if self._conn is None or self._conn.closed:
-            if self._conn is not None:
-                self._give_back()
-            self._conn = self._getconn()
-        return self._commit_at_once(self._conn) if self.commits_at_once else self._conn
-
-    def connections(self) -> list[Connection]:
-        """See `Lease`."""
-        return super().connections() if self._conn is None else [self._conn]
-
-    def _hand_over(self) -> None:
-        self._conn = None
-
-    def _give_back(self) -> None:
-        if self._conn is not None:
-            self.pool.putconn(self._conn, close=bool(self.environ.get("wsgi.run_once")))
-            self._conn = None  # after it: what an exception stops is done again
-
-
-class KeyedLease(OwnLease):
-    """A lease of a pool with keys: it is the key itself, so that the connection of a thread that dies is known."""
-
-    pool: KeyedPool
-
-    #: Whether the pool was asked for a connection: an exception may come before `_conn` has it.
-    _has_asked = False
-
-    def _getconn(self) -> Connection:
-        self._has_asked = True
-        return self.pool.getconn(self)
-
-    def _give_back(self) -> None:
-        if self._conn is not None:
-            self.pool.putconn(self._conn, self, bool(self.environ.get("wsgi.run_once")))
-            self._conn, self._has_asked = None, False
-        elif self._has_asked:
-            with suppress(PoolError):  # it gave none
-                self.pool.putconn(key=self)
-
-    def _hand_over(self) -> None:
-        super()._hand_over()
-        self._has_asked = False
-
-
-def lease_class(pool: Pool) -> Callable[..., Lease]:
-    """Return what makes a lease of `pool`."""
-    if IPersistentConnectionPool.providedBy(pool):
-        return ThreadLease
-    return KeyedLease if IKeyedConnectionPool.providedBy(pool) else OwnLease
+def note_commit() -> None:
+    """Take note that a transaction of the calling thread's request was committed, with whichever pool."""
+    for lease in local.state.leases.values():
+        lease.has_committed = True
 
 
 def current_lease(pool: object) -> Lease | None:

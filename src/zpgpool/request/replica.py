@@ -6,8 +6,10 @@ Safe methods are those of RFC 9110, section 9.2.1.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 from typing import cast
@@ -19,6 +21,7 @@ from psycopg2 import errorcodes
 from webob.cookies import make_cookie
 
 from ..core import watch
+from ..errors import database_error
 from ..errors import one_line
 from ..errors import PoolError
 from .lease import Lease
@@ -42,9 +45,13 @@ log = logging.getLogger("zpgpool")
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 
-#: Two ways to get the primary: this header, or this cookie, which holds the time of the client's last write.
+#: By this header a request of a safe method says that it writes; by this cookie its client has the time of its last
+#: write.
 HEADER = "Zpgpool-Primary"
 COOKIE = "zpgpool-written"
+
+#: What browsers leave as it is in the path of an address (URL Standard, "path percent-encode set").
+PATH = "/:@!$&'()*+=~|[]%"
 
 #: How far the clocks of two machines may differ, in seconds.
 SKEW = 1.0
@@ -68,12 +75,17 @@ def is_repeatable(environ: WSGIEnvironment) -> bool:
     return environ.get("REQUEST_METHOD") in SAFE and not has_body(environ)
 
 
-def asks_for_primary(environ: WSGIEnvironment, seconds: float) -> bool:
-    """Whether the request says so, or its client has written within so many seconds."""
-    if environ.get(f"HTTP_{HEADER.upper().replace('-', '_')}", "0") not in ("", "0"):
-        return True
-    # All of that name: there may be one for each path that leads here, and the last write counts.
-    written = re.findall(rf"(?:^|[;\s]){COOKIE}=(\d{{1,12}}(?:\.\d{{1,9}})?)(?=;|\s|$)", environ.get("HTTP_COOKIE", ""))
+def may_write(environ: WSGIEnvironment) -> bool:
+    """Whether the request does not promise to write nothing, by its method; or says that it breaks that promise."""
+    return not is_safe(environ) or environ.get(f"HTTP_{HEADER.upper().replace('-', '_')}", "0") not in ("", "0")
+
+
+def has_written(environ: WSGIEnvironment, seconds: float) -> bool:
+    """Whether the request's client has written within so many seconds."""
+    # All of that name: there may be one for each path that leads here, and the last write counts. A server joins two
+    # headers with a comma.
+    cookies = environ.get("HTTP_COOKIE", "")
+    written = re.findall(rf"(?:^|[;,\s]){COOKIE}=(\d{{1,12}}(?:\.\d{{1,9}})?)(?=[;,\s]|$)", cookies)
     return any(-SKEW <= time.time() - float(at) < seconds for at in written)
 
 
@@ -84,14 +96,22 @@ def with_write_cookie(headers: Headers, environ: WSGIEnvironment, seconds: float
     cookie = make_cookie(
         COOKIE,
         f"{time.time():.3f}",
-        max_age=max(1, round(seconds)),
-        # As the browser has it in its address, which it compares with the path.
-        path=quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace")) or "/",
+        max_age=math.ceil(seconds),
+        path=_cookie_path(environ.get("SCRIPT_NAME", "")),
         secure=environ.get("wsgi.url_scheme") == "https",
         httponly=True,
         samesite="Lax",
     )
-    return [*headers, ("Set-Cookie", cookie)]
+    # No cache that several clients share may give it to another one.
+    return [*headers, ("Set-Cookie", cookie), ("Cache-Control", "private")]
+
+
+def _cookie_path(script_name: str) -> str:
+    """Return the application's path as the browser has it in its address, which it compares with the cookie's."""
+    names = script_name.replace("%", "%25").split("/")
+    # A cookie's path cannot have these: then the folder above, where more requests go to the primary than need to.
+    stop = next((place for place, name in enumerate(names) if ";" in name or "," in name), len(names))
+    return quote("/".join(names[:stop]).encode("latin-1", "replace"), PATH) or "/"
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -102,7 +122,8 @@ class Fault(Enum):
 
     #: It refuses a write.
     REFUSED_WRITE = 1
-    #: The query was in the way of its recovery, or the replica has gone.
+    #: The query was in the way of its recovery, or the replica has gone, or a standby cannot do that (0A000): read an
+    #: unlogged table, SERIALIZABLE, READ WRITE.
     LOST = 2
     #: Nothing that the primary would not say, too.
     NONE = 3
@@ -119,38 +140,39 @@ def classify(error: psycopg2.Error) -> Fault:
         return Fault.LOST if is_lost or type(error) is psycopg2.DatabaseError else Fault.NONE
     if error.pgcode == errorcodes.READ_ONLY_SQL_TRANSACTION:
         return Fault.REFUSED_WRITE
-    return Fault.LOST if error.pgcode.startswith(("40", "57P")) else Fault.NONE
+    return Fault.LOST if error.pgcode.startswith(("40", "57P", errorcodes.FEATURE_NOT_SUPPORTED)) else Fault.NONE
 
 
 class ReplicaLease(Lease):
-    """A route over two leases: the replica's as long as that serves the request, the primary's from then on.
+    """What a request reads by, a route over two leases: the replica's as long as that serves it, then the primary's.
 
-    primary, replica -- the two; `is_own` says whether the replica's is this request's: it is not where another filter
-        serves that pool, too.
+    Sessions of both are read-only. A write is refused, and the request begins again with a lease of the primary's that
+    is none of these; or its transaction does, and then the primary's session is no longer read-only.
+
+    primary, replica -- the two; without a replica that may be read from it is the primary's twice.
+    is_own -- whether the replica's is this request's: it is not where another filter serves that pool, too.
     """
 
     def __init__(self, primary: Lease, replica: Lease, is_own: bool, environ: WSGIEnvironment) -> None:
         super().__init__(primary.pool, environ, primary.frame)
+        primary.set_session(readonly=True)
         self._primary = primary
         self._replica = replica
+        self._both = (replica, primary) if replica is not primary else (primary,)
         self._is_own = is_own
         self._before: Lease | None = None
-        self.is_reading = True
+        self.is_reading = replica is not primary
         replicas: Any = getattr(replica.pool, "settings", None)
-        replica.commits_at_once = getattr(replicas, "autocommit", None) == "safe"
-        #: Whether the replica has refused a write.
+        if getattr(replicas, "autocommit", None) == "safe":
+            replica.set_session(autocommit=True)
+        #: Whether the session has refused a write.
         self.has_tried_to_write = False
-        #: The last error that was the replica's: its transaction runs again.
+        #: The last error because of which the transaction runs again.
         self._blamed: psycopg2.Error | None = None
 
-    @property
-    def commits_at_once(self) -> bool:
+    def set_session(self, **session: bool | str) -> None:
         """See `Lease`: of the primary's; the replica's pool has a setting of its own."""
-        return self._primary.commits_at_once
-
-    @commits_at_once.setter
-    def commits_at_once(self, value: bool) -> None:
-        self._primary.commits_at_once = value
+        self._primary.set_session(**session)
 
     def enter(self, frame: FrameType) -> Lease | None:
         """See `Lease`."""
@@ -206,34 +228,38 @@ class ReplicaLease(Lease):
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""
-        return [*self._replica.connections(), *self._primary.connections()]
+        return [conn for lease in self._both for conn in lease.connections()]
 
     def let_go(self) -> None:
         """See `Lease`."""
-        self._replica.let_go()
-        self._primary.let_go()
+        for lease in self._both:
+            lease.let_go()
 
     def cancel(self) -> None:
         """See `Lease`."""
-        self._replica.cancel()
-        self._primary.cancel()
+        for lease in self._both:
+            lease.cancel()
 
     def may_succeed_on_primary(self, error: psycopg2.Error) -> bool:
-        """Whether `error` is the replica's, so that the request may succeed on the primary. Changes nothing."""
-        if error is self._blamed:
+        """Whether the request may succeed where it may write, or the replica has no part in it. Changes nothing."""
+        fault = classify(error)
+        if error is self._blamed or fault is Fault.NONE:
+            return error is self._blamed
+        if self.is_reading and self._replica.had(error):
             return True
-        return self.is_reading and classify(error) is not Fault.NONE and self._replica.had(error)
+        return fault is Fault.REFUSED_WRITE and not self.has_tried_to_write and self._primary.had(error)
 
     def fail_over(self, error: psycopg2.Error) -> None:
-        """Read from the primary from now on, because of `error`."""
-        if not self.is_reading:
+        """Use the primary from now on, because of `error`, for which `may_succeed_on_primary` holds."""
+        if error is self._blamed:
             return
-        self.is_reading, self._blamed = False, error
+        self.is_reading, self.has_failed_over, self._blamed = False, True, error
         if classify(error) is Fault.REFUSED_WRITE:
             self.has_tried_to_write = True
+            self._primary.set_session(readonly="DEFAULT")
             log.warning(
-                "%s writes, which its method promises not to, and a replica refuses: let it be a POST, or ask for the "
-                "primary with the header %s (%s)",
+                "%s writes, which its method promises not to, and what it reads from refuses: let it be a POST, or ask "
+                "for the primary with the header %s (%s)",
                 self,
                 HEADER,
                 one_line(error),
@@ -251,6 +277,10 @@ class ReplicaLease(Lease):
         try:
             if self._is_own:
                 self._replica.end()
+            elif self.has_failed_over:  # the filter that serves it gives it to who begins again
+                for conn in self._replica.connections():
+                    with suppress(psycopg2.Error):
+                        conn.rollback()
         finally:
             try:
                 self._primary.end()
@@ -274,3 +304,13 @@ def fail_over(error: psycopg2.Error) -> None:
     for route in current_routes():
         if route.may_succeed_on_primary(error):
             route.fail_over(error)
+
+
+def report(error: BaseException) -> None:
+    """Tell the calling thread's request what it has failed with, before the application makes a page of that."""
+    cause = database_error(error)
+    if cause is not None:
+        for lease in list(local.state.leases.values()):
+            if lease.is_running:
+                lease.reported = cause
+        fail_over(cause)
