@@ -46,6 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--once", action="store_true", help="show it once")
     top.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)")
     top.add_argument("--token", metavar="ENV:NAME", help="the page's token, which the environment has as NAME")
+    _add_migrate(commands)
+    args = parser.parse_args(argv)
+    try:
+        return _run(args)
+    except (CommandError, ImportError) as error:  # ImportError: of an extra, which it names
+        print(f"zpgpool {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     migrate = commands.add_parser(
         "zope-migrate",
         help="replace the connection objects of Products.ZPsycopgDA in a Zope site",
@@ -66,12 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     migrate.add_argument("--back", action="store_true", help="go back to Products.ZPsycopgDA")
     migrate.add_argument("--yes", action="store_true", help="do it")
-    args = parser.parse_args(argv)
-    try:
-        return _run(args)
-    except (CommandError, ImportError) as error:  # ImportError: of an extra, which it names
-        print(f"zpgpool {args.command}: {error}", file=sys.stderr)
-        return 1
 
 
 def _run(args: argparse.Namespace) -> int:

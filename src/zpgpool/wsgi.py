@@ -236,9 +236,8 @@ class PoolMiddleware:
         environ[self._key] = lease
         if self._commits_at_once and is_safe(environ):
             lease.set_session(autocommit=True)
-        response = HeldResponse()
+        response, goes_on, begins_again = HeldResponse(), False, False
         response.start_response, response.hook = start_response, hook
-        goes_on = begins_again = False
         try:
             if self._has_options or environ.get("wsgi.run_once"):
                 self._prepare(environ, lease)
@@ -250,19 +249,17 @@ class PoolMiddleware:
         except Exception as error:
             begins_again = self._may_begin_again(error, original, response, lease)
             if not begins_again:
-                answer = self._refuse(error, environ, response, lease)
-                if answer is None:
+                if (answer := self._refuse(error, environ, response, lease)) is None:
                     raise
                 body = answer
         finally:
-            end = lease.pause if goes_on else lease.end
-            end()
+            (lease.pause if goes_on else lease.end)()
             if before is not None:
                 environ[self._key] = before
         if begins_again and original is not None:
             environ.clear()
             environ.update(original)
-            return self._serve_again(environ, start_response, lease, before) if begin_again is None else begin_again()
+            return begin_again() if begin_again else self._serve_again(environ, start_response, lease, before)
         try:
             response.send()
         except BaseException:  # the server's: it will not close what it never gets
