@@ -298,3 +298,81 @@ def test_greenlets_of_one_thread_never_share_a_transaction(dsn: str, tmp_path: P
         assert len(good) == len(answers)
     else:
         assert "use a 'threaded' pool with this server" in (tmp_path / "log").read_text()
+
+
+# Two applications of Pyramid ------------------------------------------------------------------------------------------
+
+
+MOUNTED = """
+import os
+from pyramid.config import Configurator
+from pyramid.response import Response
+
+def insert(conn, path):
+    with conn.cursor() as cursor:
+        cursor.execute("INSERT INTO rows VALUES (%s)", [path])
+    conn.commit()
+
+def view(request):
+    def body():
+        insert(request.pgconn, request.path)
+        yield b"done"
+    return Response(app_iter=body() if "stream" in request.path else list(body()))
+
+def call_inner(request):
+    insert(request.pgconn, request.path)
+    return request.get_response(inner)
+
+def make(schema, view):
+    settings = {"dsn": "ENV:DSN", "pool": os.environ["KIND"], "maxconn": "4", "timeout": "20"}
+    settings["options"] = f"-c search_path={schema}"
+    with Configurator(settings={f"zpgpool.{name}": value for name, value in settings.items()}) as config:
+        config.include("zpgpool")
+        config.add_route("all", "/*path")
+        config.add_view(view, route_name="all")
+    return config.make_wsgi_app()
+
+inner = make("inside", view)
+application = make("outside", call_inner)
+"""
+
+
+@pytest.mark.parametrize("name", ["gunicorn", "waitress"])
+def test_two_applications_of_one_process_write_into_their_own(
+    own_server: EmbeddedServer, tmp_path: Path, kind: str, name: str
+) -> None:
+    """The same name of the pool, and the same environ; the inner one's body is a list, or is streamed."""
+    schemas = ("inside", "outside")
+    admin = psycopg2.connect(own_server.dsn)
+    admin.autocommit = True
+    for schema in schemas:
+        run(
+            admin,
+            f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; CREATE TABLE {schema}.rows (path text)",
+        )
+    (tmp_path / "shop.py").write_text(MOUNTED)
+    port = free_port()
+    program, *options = (SERVERS[name] % port).split()
+    with (tmp_path / "output").open("w") as output:
+        environ = {**os.environ, "DSN": own_server.dsn, "KIND": kind, "PYTHONPATH": str(tmp_path)}
+        server = subprocess.Popen([sys.executable, program, *options], cwd=tmp_path, env=environ, stderr=output)
+
+    def is_up() -> bool:
+        assert server.poll() is None, (tmp_path / "output").read_text()
+        try:
+            return ask(port, "/up")[0] == 200
+        except OSError:
+            return False
+
+    paths = [f"/{way}/{number}" for number in range(100) for way in ("list", "stream")]
+    try:
+        eventually(is_up, 60)
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda path: ask(port, path), paths))
+    finally:
+        end(server)
+    assert {answer[0] for answer in answers} == {200}
+    for schema in schemas:
+        found = run(admin, f"SELECT array_agg(path ORDER BY path) FROM {schema}.rows WHERE path <> '/up'")
+        assert found == sorted(paths)
+    admin.close()
