@@ -119,7 +119,7 @@ def test_a_hook_that_fails_is_no_connect_that_does(make_pool: MakePool, told: li
 
 def test_a_request_that_waited_too_long(make_pool: MakePool, told: list[Any]) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=0.05)
-    conn = pool.getconn()
+    conn = pool.getconn(timeout=20)
     with pytest.raises(zpgpool.PoolTimeout) as caught:
         pool.getconn()
     [event] = of(told, interfaces.IRequestTimedOut)

@@ -461,6 +461,22 @@ def test_a_server_with_too_many_clients_makes_wait(tmp_path: Path) -> None:
             conn.close()
 
 
+def test_a_refusal_that_is_over_when_it_is_asked_for_makes_wait(dsn: str) -> None:
+    """Of a server with too many clients, one may leave before the connect that asks for the SQLSTATE."""
+    with zpgpool.ThreadedConnectionPool(0, 2, dsn, timeout=20, idle_timeout=60) as pool:
+        opener, refusals = pool._connections.opener, ["FATAL:  sorry, too many clients already"] * 3
+        connect = opener._connect
+
+        def refuse() -> Any:
+            if refusals:
+                raise psycopg2.OperationalError(refusals.pop())
+            return connect()
+
+        opener._connect = refuse
+        pool.putconn(pool.getconn())
+        assert pool.get_stats()["connections_errors"] == 3
+
+
 @pytest.mark.parametrize("kind", [zpgpool.PersistentConnectionPool, zpgpool.SimpleConnectionPool])
 def test_an_outage_is_told_of(
     server: EmbeddedServer, kind: Any, events: list[Any], caplog: pytest.LogCaptureFixture

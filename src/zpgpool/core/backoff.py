@@ -97,7 +97,7 @@ class ConnectBackoff:
     @property
     def is_chance(self) -> bool:
         """Whether the next try may succeed at any time: a checkout waits for its whole timeout, if it has one."""
-        return self.diagnosis in (Diagnosis.FULL, Diagnosis.UNFIT)
+        return self.diagnosis in (Diagnosis.FULL, Diagnosis.CHANCE)
 
     @property
     def may_recover(self) -> bool:

@@ -218,7 +218,7 @@ class Opener:
         """Find out what the error says, and remember it."""
         text = str(error)
         if isinstance(error, Unfit):
-            diagnosis = Diagnosis.UNFIT
+            diagnosis = Diagnosis.CHANCE
         elif is_connected:  # what failed is the set-up of the session
             diagnosis = diagnose_code(error.pgcode)
         elif is_servers(text):
@@ -234,8 +234,8 @@ class Opener:
             if len(self._diagnoses) > MANY:
                 self._diagnoses.clear()
             why = self._ask_why(monotonic() + PATIENCE)
-            if not is_servers(why):
-                return diagnose(why)  # it has changed meanwhile
+            if not is_servers(why):  # it has changed meanwhile
+                return diagnose(why) if why else Diagnosis.CHANCE
             self._diagnoses[text] = diagnose(why)
         return self._diagnoses[text]
 

@@ -22,8 +22,8 @@ class Diagnosis(Enum):
     FULL = 2
     #: A wrong password, an unknown database: it stays until somebody fixes it.
     REFUSAL = 3
-    #: The user's `check` refuses the new connection: the next one may lead to a better server.
-    UNFIT = 4
+    #: The server takes connections, but it, or the user's `check`, has refused this one: the next one may do.
+    CHANCE = 4
 
 
 class Unfit(psycopg2.OperationalError):
