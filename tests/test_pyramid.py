@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import psycopg2
 import pytest
+import transaction
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError
 from pyramid.exceptions import ConfigurationExecutionError
@@ -23,6 +24,7 @@ from pyramid.request import Request
 from pyramid.response import FileResponse
 from pyramid.response import Response
 from pyramid.scripting import prepare
+from pyramid.threadlocal import manager as threadlocals
 from pyramid.wsgi import wsgiapp
 from pyramid.wsgi import wsgiapp2
 from repoze.tm import TM
@@ -467,6 +469,25 @@ class TestTransactions:
         app.get("/")
         assert rows(outside) == []
         assert zpgpool.get_pool(registry=config.registry).holders() == []
+
+    def test_a_request_that_an_exception_has_left_on_the_stack_is_not_asked(
+        self, configure: Configure, settings: Any, outside: Outside
+    ) -> None:
+        """One that hits Pyramid between the push and its `try`, as a signal's handler may raise it."""
+
+        def view(request: Any) -> Response:
+            books.store_row(request.pgconn, "kept")
+            return Response("x")
+
+        app = with_view(config := configure(settings, "pyramid_tm"), view)
+        left = Request.blank("/")
+        left.environ.update({"tm.active": True, "tm.manager": transaction.TransactionManager(explicit=True)})
+        threadlocals.push({"request": left, "registry": config.registry})
+        try:
+            assert app.get("/").text == "x"
+        finally:
+            threadlocals.pop()
+        assert rows(outside) == ["kept"]
 
     def test_a_script_has_its_transactions(self, configure: Configure, settings: Any, outside: Outside) -> None:
         with_view(config := configure(settings, "pyramid_tm"), tell_backend)

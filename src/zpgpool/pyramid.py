@@ -67,6 +67,9 @@ OWN_OPTIONS = {"pool": "persistent", "retry_after": "5", "retry_safe": "true", "
 
 KNOWN = {*OWN_OPTIONS, *TABLE, "dsn"} - {"name"}
 
+#: Where `environ` has the place of the outermost request on Pyramid's stack.
+PLACE = "zpgpool.pyramid.place"
+
 #: After the actions of other packages that set an execution policy, as pyramid_retry does.
 LAST = 1000
 
@@ -149,10 +152,16 @@ def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: Transacti
     if "repoze.tm.active" in environ:
         return [tm]
     # Of the requests whose tweens are on the stack: a copy of an environ has the key still when all is committed.
-    requests = [each["request"] for each in threadlocals.stack if each["registry"] is registry]
-    environs = [each.environ for each in requests if each is not None]
-    found = [each.get("tm.manager", tm) for each in environs if "tm.active" in each]
-    return list({id(manager): manager for manager in found}.values()) if len(found) > 1 else found
+    found = []
+    for place in range(len(threadlocals.stack) - 1, -1, -1):
+        request = threadlocals.stack[place]["request"]
+        if request is None:
+            continue
+        if threadlocals.stack[place]["registry"] is registry and "tm.active" in request.environ:
+            found.append(request.environ.get("tm.manager", tm))
+        if request.environ.get(PLACE) == place:  # below are those that an exception has left there
+            break
+    return list({id(manager): manager for manager in reversed(found)}.values()) if len(found) > 1 else found
 
 
 def _nest(inner: TransactionManager, outer: TransactionManager) -> None:
@@ -221,11 +230,15 @@ def _include(config: Configurator, name: str, options: Options) -> Options:
 def _serving(policy: Policy, served: Mapping[str, Options], registry: Registry) -> Policy:
     """Return an execution policy: `policy`, with the pools' connections for the time of each request."""
     chains: dict[Router, tuple[WSGIApplication, WSGIApplication]] = {}
+    key = lease_keys[next(iter(served))]
 
     def make(router: Router) -> tuple[WSGIApplication, WSGIApplication]:
         # The router calls what it gets as a WSGI application. So the middleware has the body, too, which no callback
         # of Pyramid sees, and all attempts of pyramid_retry.
         def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            lease = environ.get(key)
+            if isinstance(lease, Lease) and lease.environ is environ:
+                environ.setdefault(PLACE, len(threadlocals.stack))
             return policy(environ, router)(environ, start_response)
 
         outermost: WSGIApplication = app
