@@ -152,16 +152,21 @@ def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: Transacti
     if "repoze.tm.active" in environ:
         return [tm]
     # Of the requests whose tweens are on the stack: a copy of an environ has the key still when all is committed.
-    found = []
-    for place in range(len(threadlocals.stack) - 1, -1, -1):
-        request = threadlocals.stack[place]["request"]
-        if request is None:
-            continue
-        if threadlocals.stack[place]["registry"] is registry and "tm.active" in request.environ:
-            found.append(request.environ.get("tm.manager", tm))
-        if request.environ.get(PLACE) == place:  # below are those that an exception has left there
-            break
-    return list({id(manager): manager for manager in reversed(found)}.values()) if len(found) > 1 else found
+    requests = [each["request"] for each in _entries(environ) if each["registry"] is registry]
+    environs = [each.environ for each in requests if each is not None]
+    found = [each.get("tm.manager", tm) for each in environs if "tm.active" in each]
+    return list({id(manager): manager for manager in found}.values()) if len(found) > 1 else found
+
+
+def _entries(environ: WSGIEnvironment) -> list[Any]:
+    """Return what Pyramid's stack has of a request, the outermost first; below may be what an exception has left."""
+    stack: list[Any] = threadlocals.stack
+    place = environ.get(PLACE)
+    if place is None:  # a subrequest's, or a script's
+        requests = [each["request"] for each in stack]
+        outermost = [n for n, each in enumerate(requests) if each is not None and each.environ.get(PLACE) == n]
+        place = max(outermost, default=0)
+    return stack[place:]
 
 
 def _nest(inner: TransactionManager, outer: TransactionManager) -> None:
