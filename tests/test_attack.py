@@ -366,6 +366,17 @@ class TestHooks:
         pool.putconn(pool.getconn())
         assert len(checks) == 4
 
+    def test_a_check_that_takes_long_is_no_idle_time(self, make_pool: MakePool) -> None:
+        checks: list[object] = []
+
+        def check(conn: Any) -> None:
+            checks.append(conn)
+            run(conn, "SELECT pg_sleep(1.2)")
+
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=20, idle_timeout=1, check=check)
+        pool.putconn(pool.getconn())
+        assert len(checks) == 1
+
     def test_an_idle_connection_that_check_refuses_is_not_lost(self, make_pool: MakePool) -> None:
         refused: list[object] = []
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60, check=lambda conn: refused and 1 / 0)

@@ -159,6 +159,38 @@ def test_a_connection_that_is_lost_in_use(
     assert (stats["returns_bad"], stats["connections_lost"]) == (1, 0)
 
 
+def test_each_of_several_that_are_lost_is_told(make_pool: MakePool, told: list[Any], outside: Outside) -> None:
+    """The first drains the pool; the others were lost all the same."""
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 3, idle_timeout=60)
+    conns = [pool.getconn() for _ in range(3)]
+    outside.terminate(*(conn.info.backend_pid for conn in conns))
+    for conn in conns:
+        with pytest.raises(psycopg2.Error):
+            run(conn, "SELECT 1")
+        pool.putconn(conn)
+    assert [event.reason for event in of(told, interfaces.IConnectionClosed)] == ["the server has gone"] * 3
+    assert pool.get_stats()["returns_bad"] == 3
+
+
+def test_an_outage_goes_on_while_check_refuses_the_server(make_pool: MakePool, told: list[Any], dsn: str) -> None:
+    is_well, targets = False, [f"{dsn} port=1", dsn]
+
+    def check(conn: Any) -> None:
+        assert is_well, "a standby"
+
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, dsn=lambda: targets[0], check=check, open=False)
+    for _ in range(2):
+        with pytest.raises(psycopg2.OperationalError):
+            pool.getconn()
+        del targets[:-1]
+        eventually(lambda: not pool._connections.backoff.is_on)
+    assert len(of(told, interfaces.IOutageBegan)) == 1
+    assert of(told, interfaces.IOutageEnded) == []
+    is_well = True
+    pool.putconn(pool.getconn())
+    assert len(of(told, interfaces.IOutageEnded)) == 1
+
+
 def test_a_leak_is_told_once(make_pool: MakePool, told: list[Any]) -> None:
     pool = make_pool(zpgpool.PersistentConnectionPool, leak_after=5)
     pool._timer = None

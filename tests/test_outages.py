@@ -1075,6 +1075,8 @@ class TestDiagnoses:
 
     def test_what_has_changed_meanwhile_is_not_remembered(self, opener: Any) -> None:
         opener._ask_why = lambda until: ""
+        assert opener._diagnose("FATAL:  sorry, too many clients already") is Diagnosis.CHANCE
+        opener._ask_why = lambda until: "connection refused"
         assert opener._diagnose("FATAL:  sorry, too many clients already") is Diagnosis.OUTAGE
         assert opener._diagnoses == {}
 

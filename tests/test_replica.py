@@ -951,7 +951,7 @@ def test_a_look_that_does_not_end_is_overdue(make_main: Any, monkeypatch: pytest
     with pools()[1].connection() as conn:
         known.run_maintenance(start + lag.LOOK)
         assert run(conn, "SELECT 1") == 1
-        known.run_maintenance(start + lag.LOOK + 2 * lag.TICK)
+        known.run_maintenance(start + lag.LOOK + lag.STUCK + lag.TICK)
         assert known.trouble == lag.SILENT
         with pytest.raises(psycopg2.Error):
             run(conn, "SELECT 1")

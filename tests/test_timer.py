@@ -331,6 +331,8 @@ class TestThread:
         """tests/test_servers.py asks a real one."""
         pool, worker = Fake(None), 0
         uwsgi = SimpleNamespace(masterpid=os.getpid, worker_id=lambda: worker)
+        monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace())  # somebody else's
+        assert start(lambda: None, "test")
         monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
         timer.watch(pool)
         assert not start(lambda: None, "test")

@@ -376,6 +376,8 @@ class PoolMiddleware:
             why = "it is the same"
         elif replica.closed:
             why = "it is closed"
+        elif getattr(getattr(replica, "settings", None), "replica", ""):  # it would become read-only
+            why = "it has a replica itself"
         else:
             try:
                 why = watch(replica).why_not(settings.max_lag, monotonic())

@@ -123,7 +123,7 @@ class ConnectBackoff:
         is_first = diagnosis is Diagnosis.OUTAGE and self.outage_since is None
         if is_first:
             self.outage_since = now if begun is None else begun
-        elif diagnosis is not Diagnosis.OUTAGE:
+        elif diagnosis not in (Diagnosis.OUTAGE, Diagnosis.CHANCE):
             self.outage_since = None
         self.diagnosis = diagnosis
         longest = LONGEST_SHORT_PAUSE if self.may_recover else LONGEST_PAUSE

@@ -45,6 +45,7 @@ from .owners import current_work
 from .owners import who
 from .session import set_up
 from .workers import cancellers
+from .workers import will_fork
 
 
 log = logging.getLogger("zpgpool")
@@ -201,7 +202,7 @@ class Connections(IdleConnections):
         finally:
             if why:
                 log.info("%s: check refused a connection: %s", self._notifier, why)
-                self.discard(entry, "check refused it", is_dead=True)
+                self.discard_later(entry, "check refused it")
         return not why
 
     def _publish(self, entry: Entry, begun: float, seconds: float) -> None:
@@ -212,7 +213,7 @@ class Connections(IdleConnections):
         elif lifetime:
             entry.expires = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
             self.remember_end(entry)
-        entry.state = OPEN
+        entry.state, entry.since = OPEN, monotonic()
         self.count(connections_num=1, connections_ms=seconds * 1000)
         try:
             self._notifier.opened(entry, seconds)
@@ -252,9 +253,7 @@ class Connections(IdleConnections):
     def clean(self, entry: Entry, close: bool) -> bool:
         """Make a returned connection clean; False when it was discarded instead."""
         now = monotonic()
-        is_lost = entry.conn.closed == BROKEN and now < entry.expires  # else we have ended it ourselves
-        if is_lost:
-            self._tell_lost()
+        is_lost = self._is_lost(entry)
         if self._notifier.observers:
             self._notifier.used(now - entry.since)
         entry.state, entry.since = RETURNING, now  # the rollback may hang: see the watchdog
@@ -282,21 +281,23 @@ class Connections(IdleConnections):
 
     def replace(self, entry: Entry) -> None:
         """Discard a connection that its user has closed, or lost, and wants another one for."""
-        is_lost = entry.conn.closed == BROKEN and monotonic() < entry.expires
-        if is_lost:
-            self._tell_lost()
+        is_lost = self._is_lost(entry)
         self.discard(entry, "the server has gone" if is_lost else "its user closed it", is_dead=is_lost)
 
-    def _tell_lost(self) -> None:
-        """A connection was lost in use: let no checkout use another one from before.
+    def _is_lost(self, entry: Entry) -> bool:
+        """Whether a connection was lost in use; then let no checkout use another one from before.
 
         A server that crashes or restarts ends all sessions within milliseconds: a checkout in between would get one
-        that looks alive.
+        that looks alive. The first that is lost drains; the others, and what was opened since, need not.
         """
+        if entry.conn.closed != BROKEN or entry.is_cut:
+            return False
         if (work := current_work()) is not None:
             work.has_lost = True
-        self.backoff.doubt()
-        self.drain("another connection was lost", later=True)
+        if monotonic() < entry.expires:
+            self.backoff.doubt()
+            self.drain("another connection was lost", later=True)
+        return True
 
     def _tell_unclean(self, entry: Entry, why: str) -> None:
         self.count(returns_bad=1)
@@ -353,7 +354,8 @@ class Connections(IdleConnections):
         hang_up(entries)
         # To `hang_up` a thread between its BEGIN and its query is idle; closing would then wait for the query.
         is_done = threading.Event()
-        cancellers.run(partial(cut_late, entries, is_done))
+        if not will_fork():
+            cancellers.run(partial(cut_late, entries, is_done))
         try:
             self._discard_all(entries, "the pool is closed")
         finally:

@@ -90,6 +90,7 @@ class Entry(Slot):
         "conn",
         "ended",
         "expires",
+        "is_cut",
         "is_leaving",
         "is_new",
         "is_standby",
@@ -129,6 +130,8 @@ class Entry(Slot):
     is_new: bool
     #: Whether another thread closes it: it counts as a slot still, but will not stay.
     is_leaving: bool
+    #: Whether we have ended it ourselves, so that nothing was lost.
+    is_cut: bool
     #: When it last changed hands, and when its lifetime ends (monotonic seconds).
     since: float
     expires: float
@@ -151,7 +154,7 @@ class Entry(Slot):
         self.reported = self.ended = NEVER_YET
         self.sharers = ()
         self.waiter = self.checkout = None
-        self.is_leaving = False
+        self.is_leaving = self.is_cut = False
 
     @property
     def has_checkout(self) -> bool:
@@ -237,6 +240,7 @@ class Entry(Slot):
             check(self.conn)
         except Exception as error:
             return one_line(error)
+        forget_messages(self.conn)
         return "" if self.is_clean() else self.reset(None, set_up)
 
     def is_alive(self) -> bool:
@@ -284,6 +288,7 @@ class Entry(Slot):
 
     def cut(self) -> None:
         """End the socket under the connection: a thread that waits on it gets an OperationalError. Does not block."""
+        self.is_cut = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

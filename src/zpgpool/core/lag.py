@@ -41,6 +41,9 @@ HURRY = 0.5
 #: How long a look may take, in seconds.
 LOOK = 0.75
 
+#: A look that has not ended so many seconds after that hangs somewhere. Not less: a busy process is no silent server.
+STUCK = 2.0
+
 #: How often the timer comes, in seconds.
 TICK = 0.25
 
@@ -98,7 +101,7 @@ class Lag:
             return None
         is_soon = pool.longest_use(now) > TICK
         if self._looker.is_alive():
-            if now > self._began + LOOK + TICK:  # it does not end by itself: a name is looked up, or the pool is asked
+            if now > self._began + LOOK + STUCK:  # it does not end by itself: a name is looked up, or the pool is asked
                 self._hang_up(pool)
         elif now >= (min(self._next, self._began + HURRY) if is_soon else self._next):
             self._began, self._next = now, now + EVERY * random.uniform(0.8, 1.0)
@@ -112,7 +115,7 @@ class Lag:
         if pool is None:
             return
         try:
-            rows, _ = query(pool, "zpgpool lag", QUESTION, (), start + LOOK)
+            rows, _ = query(pool, "zpgpool lag", QUESTION, (), start + LOOK, TICK)
         except Silent:
             self._hang_up(pool)
         except NoAnswer as error:

@@ -34,19 +34,26 @@ class Silent(NoAnswer):
 
 
 def query(
-    pool: ObservedPool, application_name: str, sql: str, args: Sequence[object] | Mapping[str, object], until: float
+    pool: ObservedPool,
+    application_name: str,
+    sql: str,
+    args: Sequence[object] | Mapping[str, object],
+    until: float,
+    least: float = 0.0,
 ) -> tuple[list[tuple[Any, ...]], int]:
     """Return the rows that `sql` gives, and the process number that the connection has been told.
 
-    Raises NoAnswer, at `until` (monotonic seconds) at the latest.
+    least -- how many seconds each answer is waited for, also after `until`: a busy process may have come to ask late.
+
+    Raises NoAnswer, at `until` (monotonic seconds) at the latest, unless `least` is given.
     """
     try:
         # Asynchronous: no deadline of libpq's ends a connect, or a query, to a server that has fallen silent.
         with closing(pool.open_connection(async_=True, application_name=application_name)) as conn:
-            _wait(conn, until)
+            _wait(conn, until, least)
             with conn.cursor() as cursor:
                 cursor.execute(sql, args)
-                _wait(conn, until)
+                _wait(conn, until, least)
                 return cursor.fetchall(), conn.get_backend_pid()
     except TimeoutError:
         raise Silent("the server does not answer") from None
@@ -74,10 +81,10 @@ def ask_why(open_connection: Callable[..., Connection | None], until: float) -> 
     return ""
 
 
-def _wait(conn: Connection, until: float) -> None:
+def _wait(conn: Connection, until: float, least: float = 0.0) -> None:
     """Wait until a connect or query has ended. Raises TimeoutError at `until`."""
     while (state := conn.poll()) != POLL_OK:
         poll = select.poll()  # a new one: while it connects, the socket may become another one
         poll.register(conn, select.POLLIN if state == POLL_READ else select.POLLOUT)
-        if not poll.poll(max(0.0, until - monotonic()) * 1000):
+        if not poll.poll(max(least, until - monotonic()) * 1000):
             raise TimeoutError

@@ -189,8 +189,9 @@ def is_demoted(conn: Connection) -> bool:
         roll_back(conn)
         with conn.cursor(cursor_factory=cursor) as curs:
             curs.execute(
-                "SELECT pg_is_in_recovery() OR reset_val = 'on' FROM pg_settings "
-                "WHERE name = 'default_transaction_read_only'"
+                "SELECT pg_is_in_recovery() OR reset_val = 'on' "
+                "AND source NOT IN ('session', 'client', 'user', 'database', 'database user') "
+                "FROM pg_settings WHERE name = 'default_transaction_read_only'"
             )
             [(is_demoted,)] = curs.fetchall()
         roll_back(conn)

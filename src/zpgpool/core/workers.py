@@ -49,7 +49,9 @@ def will_fork() -> bool:
     waits for that thread for ever: it is not there.
     """
     uwsgi = sys.modules.get("uwsgi")
-    return uwsgi is not None and uwsgi.worker_id() == 0 and uwsgi.masterpid() in (0, os.getpid())
+    if uwsgi is None or not hasattr(uwsgi, "masterpid"):  # somebody else's module may have the name
+        return False
+    return uwsgi.worker_id() == 0 and uwsgi.masterpid() in (0, os.getpid())
 
 
 def _start(task: Task, name: str) -> None:
