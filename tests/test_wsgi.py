@@ -1701,3 +1701,39 @@ def test_two_filters_with_one_name_have_a_database_each(
 
     assert serve(PoolMiddleware(outer, pools[0], eager=eager)) == b"outer inner outer inner outer"
     assert [pool.holders() for pool in pools] == [[], []]
+
+
+@pytest.mark.parametrize("ends", ["iterated", "closed"])
+def test_a_filter_within_one_of_another_pool_streams_from_its_own(make_pool: MakePool, kind: str, ends: str) -> None:
+    """Three with one name: the innermost is a part of the outermost's request, its body, too."""
+    pools = [make_pool(KINDS[kind], idle_timeout=60, application_name=name) for name in ("outer", "inner")]
+    closed: list[str] = []
+
+    class Rows:
+        def __init__(self, environ: Any) -> None:
+            self.environ = environ
+            self.left = 2
+
+        def who(self) -> str:
+            return str(run(get_connection(self.environ), "SELECT current_setting('application_name')"))
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> bytes:
+            if self.left == 0 or ends == "closed":
+                raise StopIteration
+            self.left -= 1
+            return f"{self.who()} ".encode()
+
+        def close(self) -> None:
+            closed.append(self.who())
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return Rows(environ)
+
+    filters = PoolMiddleware(PoolMiddleware(PoolMiddleware(app, pools[0]), pools[1]), pools[0])
+    assert serve(filters) == (b"outer outer " if ends == "iterated" else b"")
+    assert closed == ["outer"]
+    assert [pool.holders() for pool in pools] == [[], []]

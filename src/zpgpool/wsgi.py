@@ -37,6 +37,7 @@ from .request import has_left_primary
 from .request import has_written
 from .request import Headers
 from .request import HeldResponse
+from .request import InnerBody
 from .request import is_complete
 from .request import is_lost
 from .request import is_repeatable
@@ -211,10 +212,12 @@ class PoolMiddleware:
         if self.eager:
             environ["zpgpool.connection"] = outer.connection()
         try:
-            return self.app(environ, start_response)
+            body = self.app(environ, start_response)
         finally:
             if before is not None:
                 environ[self._key] = before
+        is_plain = before is None or before is outer or is_complete(body, environ)
+        return body if is_plain else InnerBody(body, environ, self._key, outer)
 
     def _serve(
         self,

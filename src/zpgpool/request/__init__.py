@@ -4,6 +4,7 @@ It imports from `core` and the leaves only.
 """
 
 from .body import begin_body
+from .body import InnerBody
 from .body import is_complete
 from .body import join_body
 from .disconnects import Disconnects
@@ -38,6 +39,7 @@ __all__ = [
     "Disconnects",
     "Headers",
     "HeldResponse",
+    "InnerBody",
     "Lease",
     "ReplicaLease",
     "SharedCheckout",

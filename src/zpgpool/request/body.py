@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sized
 from itertools import islice
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from .failures import close_body
 from .failures import reveal
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("zpgpool")
+
+T = TypeVar("T")
 
 
 def is_complete(body: object, environ: WSGIEnvironment) -> bool:
@@ -109,6 +113,40 @@ class Body:
         if not self._lease.is_over:
             log.warning("%s: the server dropped its body without closing it (PEP 3333)", self._lease)
         self.close()
+
+
+class InnerBody:
+    """The body of a filter within another one's request: with that one's lease in `environ`, as its call had it.
+
+    In between another filter of that name has its own there, with another pool.
+    """
+
+    def __init__(self, body: Iterable[bytes], environ: WSGIEnvironment, key: str, lease: Lease) -> None:
+        self._body = body
+        self._environ = environ
+        self._key = key
+        self._lease = lease
+        self._iterator: Iterator[bytes] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._iterator is None:
+            self._iterator = self._run(lambda: iter(self._body))
+        return self._run(self._iterator.__next__)
+
+    def close(self) -> None:
+        """Close the application's body. The request goes on."""
+        self._run(lambda: close_body(self._body))
+
+    def _run(self, function: Callable[[], T]) -> T:
+        known, self._environ[self._key] = self._environ.get(self._key), self._lease
+        try:
+            return function()
+        finally:
+            if known is not None:
+                self._environ[self._key] = known
 
 
 class SizedBody(Body):
