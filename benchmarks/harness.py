@@ -42,10 +42,10 @@ class Figure:
     low: float
     high: float
     ratio: float | None = None
-    between: list[float] = field(default_factory=list)
     more: dict[str, float] = field(default_factory=dict)
     #: Moments of what is counted, in seconds since the beginning.
     marks: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def compare(
         ratios = [value / other for value, other in zip(values, found[reference], strict=True)]
         low, _, high = statistics.quantiles(values, n=4)
         between = median_interval(ratios)
-        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios), between))
+        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios), between=between))
     return tell(Question(name, title, unit, figures, reference, is_less_better, note))
 
 
