@@ -147,7 +147,7 @@ site = PoolMiddleware(app, pool, eager=True)
 maybe = zpgpool.query_pool("other")
 if maybe is not None:
     maybe.closeall()
-pool.getconn(1)  # a persistent pool has no keys
+pool.getconn("a")  # a persistent pool has no keys
 """
 
 WRONG = f"program.py:{PROGRAM.count(chr(10))}"

@@ -351,6 +351,17 @@ class TestThread:
             eventually(lambda: not timer.is_running)
 
 
+def test_a_pool_starts_no_thread_where_uwsgi_is_to_fork(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("_thread.start_new_thread", lambda *args: started.append(args))
+    monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(masterpid=os.getpid, worker_id=lambda: 0))
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 2, 4, idle_timeout=60)
+    pool.putconn(pool.getconn(), close=True)
+    pool.drain()
+    pool.closeall()
+    assert started == []
+
+
 class TestRealPools:
     @pytest.fixture(autouse=True)
     def own_timer(self, timer: MaintenanceTimer, monkeypatch: pytest.MonkeyPatch) -> None:
