@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,6 +142,20 @@ def test_with_the_middleware(pool: PlainPool) -> None:
     client = TestApp(PoolMiddleware(app, cancel_on_disconnect=True))
     assert client.get("/").text == client.get("/").text == "42"
     assert pool.get_stats()["pool_size"] == pool.get_stats()["pool_available"] == 1
+
+
+def test_is_left_out_as_a_replica(
+    pool: PlainPool, make_pool: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    zpgpool.register_pool(pool, "plain")
+    main = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, replica="plain", application_name="main")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [run(get_connection(environ), "SELECT current_setting('application_name')").encode()]
+
+    assert TestApp(PoolMiddleware(app, main)).get("/").text == "main"
+    assert "PlainPool does not provide IPoolInternals, as a replica's pool must" in caplog.text
 
 
 def test_with_the_data_manager_in_a_request_and_without(pool: PlainPool) -> None:

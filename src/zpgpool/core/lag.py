@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import psycopg2
 
 from ..errors import PoolClosed
+from ..errors import SettingError
+from ..interfaces import IPoolInternals
 from .outage import diagnose
 from .outage import Diagnosis
 from .pools import SimpleConnectionPool
@@ -202,10 +204,12 @@ _lags: weakref.WeakKeyDictionary[Pool, Lag] = weakref.WeakKeyDictionary()
 def watch(pool: ObservedPool) -> Lag:
     """Return the lag of `pool`, whose server is a replica, and which is looked at from now on.
 
-    Raises SettingError where its sessions cannot be read-only.
+    Raises SettingError where its sessions cannot be read-only, or it is of a class that cannot be told so.
     """
     lag = _lags.get(pool)
     if lag is None:
+        if not IPoolInternals.providedBy(pool):
+            raise SettingError(f"{type(pool).__name__} does not provide IPoolInternals, as a replica's pool must")
         # Whatever server they find: a standby may be promoted, and "prefer-standby" may meet the primary.
         pool.serve_readers(WAIT)
         with _lock:
