@@ -112,7 +112,7 @@ class MessageIndex(SphinxDirective):
 
 def collect_messages(app: Sphinx, document: nodes.document) -> None:
     """Give each message an anchor."""
-    page = app.env.current_document.docname
+    page = app.env.docname
     if page.startswith("messages/"):
         found = []
         for term in document.findall(nodes.term):

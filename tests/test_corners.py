@@ -226,6 +226,16 @@ def test_a_search_that_the_garbage_collector_breaks_in_upon(make_pool: MakePool)
             del pool._used[key]
 
 
+def test_what_was_lost_is_closed_with_the_pool(make_pool: MakePool, outside: Outside) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=60)
+    pool._timer = None
+    pool.getconn()  # and lost at once
+    [entry] = pool._lost
+    pool.closeall()
+    eventually(lambda: entry.sock.fileno() == -1)
+    eventually(lambda: not outside.backends())
+
+
 def test_a_line_that_everybody_has_left(pool: Any) -> None:
     _, entry = parked(pool)
     assert not pool._connections.handoff._offer(entry)
