@@ -179,6 +179,7 @@ class TestSilence:
         assert seconds >= 0.3
         assert is_within(seconds, 4)
         pool.putconn(busy, close=True)
+        eventually(lambda: not pool._connections.opener.under_way)  # another connect began while the first one hung
         proxy.is_forwarding = True
         pool._connections.backoff.succeeded()
         use_twice(pool)
