@@ -110,7 +110,7 @@ def make_main(level: Pair) -> Iterator[Callable[..., Any]]:
         pools.append(kind(0, 8, dsn, idle_timeout=60, timeout=5, name="main", replica="replica", **options))
         for pool in pools:
             zpgpool.register_pool(pool, pool.name)
-        eventually(lambda: not may_be_read or not watch(pools[0]).why_not(1, time.monotonic()), 20)
+        eventually(lambda: not may_be_read or not watch(pools[0]).why_not(1, time.monotonic()), 60)
         return pools[1]
 
     yield make
