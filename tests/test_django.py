@@ -253,7 +253,7 @@ class TestSettings:
             ({"options": {"timeout": 3}}, r"option 'timeout' belongs into OPTIONS\['zpgpool'\]"),
             ({"options": {"hots": 3}}, "unknown option 'hots'"),
             ({"own": {"timeout": [1]}}, "option 'timeout': expected a number"),
-            ({"own": 8}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, got 8"),
+            ({"own": f"password={SECRET}"}, r"OPTIONS\['zpgpool'\]: expected a mapping of the pool's options, not str"),
         ]
         for options, message in cases:
             databases(default={**options, "PASSWORD": SECRET})

@@ -157,13 +157,14 @@ class DatabaseWrapper(base.DatabaseWrapper):
                     register_pool(made, made.name)
         return found
 
-    def _make_pool(self, parameters: Options, own: Options) -> ThreadedConnectionPool:
+    def _make_pool(self, parameters: Options, own: object) -> ThreadedConnectionPool:
         try:
             if not isinstance(own, Mapping):
-                raise SettingError(f"OPTIONS['zpgpool']: expected a mapping of the pool's options, got {own!r}")
+                kind = type(own).__name__  # not itself: it may be a connection string
+                raise SettingError(f"OPTIONS['zpgpool']: expected a mapping of the pool's options, not {kind}")
             if misplaced := sorted(TABLE.keys() & parameters.keys()):
                 raise SettingError(f"option {misplaced[0]!r} belongs into OPTIONS['zpgpool']")
-            settings, libpq = read_options(own)
+            settings, libpq = read_options(dict(own))
             if libpq:
                 raise SettingError(f"option {min(libpq)!r} belongs into OPTIONS itself, or is one of Django's own")
             settings["name"] = _free_name(settings["name"] or self.alias)
