@@ -255,9 +255,9 @@ class IPoolInternals(IMaintained):
         """Notice that the process was forked by C code, which does not call Python's hooks."""
 
     def serve_readers(timeout: float) -> None:
-        """Be a replica's pool: read-only sessions, whatever server they find, and no wait of a checkout above that.
+        """Be a replica's pool: sessions are read-only, whatever server they find, and a checkout waits so long at most.
 
-        A `timeout` of 0, which has no limit for a connect, becomes that, too.
+        timeout -- in seconds. A setting `timeout` that is longer, or 0, which has no limit for a connect, becomes this.
 
         Raises SettingError where a session cannot be read-only, behind a pooler.
         """

@@ -20,6 +20,7 @@ from transaction.interfaces import TransactionFailedError
 from zope.interface import implementer
 
 from .core import commit
+from .core import LOST
 from .errors import PoolError
 from .request import current_lease
 from .request import join_body
@@ -43,13 +44,10 @@ log = logging.getLogger("zpgpool")
 
 _numbers = count(1)
 
-#: psycopg2's own words, by which `transient` knows a transaction that may be run again.
-LOST = "connection already closed"
-
 
 def resources_of(txn: object) -> list[object]:
     """Return what has joined a transaction. Private to `transaction`, which has no other way to tell."""
-    return list(txn._resources)  # type: ignore[attr-defined]  # private
+    return list(txn._resources)  # type: ignore[attr-defined]  # private to `transaction`: a test knows it
 
 
 def votes_of(txn: object) -> dict[int, bool]:

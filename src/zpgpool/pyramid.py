@@ -54,7 +54,11 @@ if TYPE_CHECKING:
     from pyramid.response import Response
     from pyramid.router import Router
 
+    from .types import Savepoint
     from .types import TransactionManager
+
+    #: Of each request on it the `request` and the `registry`.
+    Stack: TypeAlias = list[Mapping[str, Any]]
 
     #: See `pyramid.interfaces.IExecutionPolicy`.
     Policy: TypeAlias = Callable[[WSGIEnvironment, Router], WSGIApplication]
@@ -147,7 +151,9 @@ def report_tween_factory(handler: Callable[[Request], Response], registry: Regis
     return tween
 
 
-def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: TransactionManager | None) -> list[Any]:
+def _active_managers(
+    environ: WSGIEnvironment, registry: Registry, tm: TransactionManager | None
+) -> list[Any]:  # None among them is the thread's own
     """Return who commits what the request writes: of a subrequest its request's first, then its own, if it has one."""
     if "repoze.tm.active" in environ:
         return [tm]
@@ -158,9 +164,9 @@ def _active_managers(environ: WSGIEnvironment, registry: Registry, tm: Transacti
     return list({id(manager): manager for manager in found}.values()) if len(found) > 1 else found
 
 
-def _entries(environ: WSGIEnvironment) -> list[Any]:
+def _entries(environ: WSGIEnvironment) -> Stack:
     """Return what Pyramid's stack has of a request, the outermost first; below may be what an exception has left."""
-    stack: list[Any] = threadlocals.stack
+    stack: Stack = threadlocals.stack
     place = environ.get(PLACE)
     if place is None:  # a subrequest's, or a script's
         requests = [each["request"] for each in stack]
@@ -180,7 +186,7 @@ def _nest(inner: TransactionManager, outer: TransactionManager) -> None:
         txn.addAfterAbortHook(_undo, (savepoint,))
 
 
-def _undo(savepoint: Any) -> None:
+def _undo(savepoint: Savepoint) -> None:
     with suppress(Exception):  # where another package's resource cannot, the outer transaction has failed by that
         savepoint.rollback()
 

@@ -90,6 +90,12 @@ class PersistentPool(Pool, Protocol):
     def putconn_of(self, owner: Owner, close: bool = False) -> bool: ...
 
 
+class Savepoint(Protocol):
+    """What is needed of a `transaction.interfaces.ISavepoint`."""
+
+    def rollback(self) -> None: ...
+
+
 class Transaction(Protocol):
     """What a data manager needs of `transaction.interfaces.ITransaction`."""
 
@@ -103,7 +109,7 @@ class Transaction(Protocol):
 
     def abort(self) -> None: ...
 
-    def savepoint(self, optimistic: bool = False) -> Any: ...  # of the package `transaction`, which has no types
+    def savepoint(self, optimistic: bool = False) -> Savepoint: ...
 
     def setExtendedInfo(self, name: str, value: str) -> None: ...
 

@@ -93,7 +93,7 @@ class PoolMiddleware:
     retry_after -- in seconds: told with `503 Service Unavailable`, which is the answer when no connection came free
         in time, too many wait for one, or the server is down.
     registry -- where `name` is looked up; by default the global registry.
-    cancel_on_disconnect -- cancel the query of a request whose client has gone, as waitress tells when its setting
+    cancel_on_disconnect -- cancel the query of a request whose client is gone, as waitress tells when its setting
         `channel_request_lookahead` is above 0.
     retry_safe -- serve a request once more that has lost its connection before any part of its response was sent, if
         its method is safe (RFC 9110, section 9.2.1: GET, HEAD, OPTIONS) and it has no body.

@@ -10,6 +10,7 @@ from .lag import lag_of
 from .lag import NOT_YET
 from .lag import watch
 from .outage import is_temporary
+from .outage import LOST
 from .owners import current_work
 from .owners import refuse_greenlets
 from .owners import task
@@ -32,6 +33,7 @@ from .workers import will_fork
 
 __all__ = [
     "BROKEN",
+    "LOST",
     "NOT_YET",
     "PLAIN",
     "AbstractConnectionPool",

@@ -119,7 +119,7 @@ class Handoff(Generic[S]):
         #: The waiters, the next one first. The waiter adds its ticket; the thread that settles the ticket removes it.
         self.queue: deque[Ticket[S]] = deque()
         self.is_closed = False
-        #: Set when the hand-off is closed and the last slot has gone.
+        #: Set when the hand-off is closed and the last slot is gone.
         self.is_empty = Gate()
         self._make = make
         self._fill = fill

@@ -39,7 +39,7 @@ from .workers import closers
 
 log = logging.getLogger("zpgpool")
 
-#: Within so many seconds, at random, the timer begins to open what is missing after the server has gone.
+#: Within so many seconds, at random, the timer begins to open what is missing after the server is gone.
 SPREAD = 0.5
 
 #: How often the timer looks after a pool that has fewer than `minconn` connections, or may lose them, in seconds.
@@ -78,7 +78,7 @@ class IdleConnections:
         self._drained_at = NEVER_YET
         #: Whether one may be parked behind younger ones: then all must be asked for their age.
         self._is_unordered = False
-        #: When the timer may open connections up to `minconn`, where the server has gone: not in all processes at once.
+        #: When the timer may open connections up to `minconn`, where the server is gone: not in all processes at once.
         self._refill_at = NEVER_YET
         self._counts = dict.fromkeys(COUNTS, 0.0)
 

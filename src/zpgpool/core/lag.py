@@ -11,7 +11,6 @@ import threading
 import weakref
 from contextlib import suppress
 from time import monotonic
-from typing import Any
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -176,7 +175,7 @@ class Lag:
         return {"seconds": self.seconds, "ago": ago, "trouble": self.trouble}
 
 
-def _ask_in(pool: ObservedPool) -> list[tuple[Any, ...]]:
+def _ask_in(pool: ObservedPool) -> list[tuple[bool, bool, float | None]]:
     """Ask over a connection of the pool's; return nothing when none is free."""
     if isinstance(pool, SimpleConnectionPool):  # it is for one thread
         return []

@@ -63,7 +63,7 @@ class Notifier:
             log.warning("%r cannot connect: %s%s", pool, pool.scrub(one_line(error)), more)
 
     def outage_began(self, error: psycopg2.OperationalError) -> None:
-        """Tell that the server has gone."""
+        """Tell that the server is gone."""
         self._tell(OutageBegan, error)
 
     def outage_ended(self, seconds: float, waiting: int) -> None:

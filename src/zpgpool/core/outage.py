@@ -41,6 +41,9 @@ TEMPORARY = ("08", "57P01", "57P02", "57P03")
 #: Two blanks follow the severity, in whatever language, in what a server says, and in nothing that libpq says itself.
 SERVERS = re.compile(r"\S:  \S")
 
+#: What psycopg2 says of the use of a connection that was lost before.
+LOST = "connection already closed"
+
 SQLSTATE = re.compile(r":  ([0-9A-Z]{5}): ")
 
 #: What PgBouncer says with a code of class 08 all the same.
@@ -59,7 +62,7 @@ def is_temporary(error: psycopg2.Error) -> bool:
     if error.pgcode is not None:
         return error.pgcode.startswith(TEMPORARY)
     if isinstance(error, psycopg2.InterfaceError):  # it was lost before; a cursor that was closed is a mistake
-        return str(error) == "connection already closed"
+        return str(error) == LOST
     # A plain DatabaseError is what libpq has no message for.
     is_plain = type(error).__module__ != "psycopg2.errors"  # those are of one SQLSTATE each
     return is_plain and (isinstance(error, psycopg2.OperationalError) or type(error) is psycopg2.DatabaseError)

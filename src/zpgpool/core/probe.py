@@ -64,7 +64,7 @@ def query(
 def ask_why(open_connection: Callable[..., Connection | None], until: float) -> str:
     """Connect once more, and return the error of that, with its SQLSTATE; nothing when it succeeds, or takes too long.
 
-    open_connection -- opens a connection, with libpq's keywords on top of the pool's; None: its pool has gone.
+    open_connection -- opens a connection, with libpq's keywords on top of the pool's; None: its pool is gone.
     until -- monotonic seconds.
     """
     try:

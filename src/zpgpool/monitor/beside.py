@@ -100,7 +100,7 @@ class Beside(PerProcess):
         threading.Thread(target=self._get_port, args=(self._pid,), name="zpgpool-listen", daemon=True).start()
 
     def forget(self) -> None:
-        """See `PerProcess`: with a copy of the parent's socket the port would be taken when the parent has gone."""
+        """See `PerProcess`: with a copy of the parent's socket the port would be taken when the parent is gone."""
         server, self._server = self._server, None
         if server is not None:
             server.socket.close()
@@ -149,7 +149,7 @@ def _serve(server: _Server) -> None:
             continue
         try:
             server.finish_request(request, address)
-        except OSError:  # the client has gone, or says nothing
+        except OSError:  # the client has disconnected, or says nothing
             pass
         except Exception:
             log.exception("an answer beside the site failed")

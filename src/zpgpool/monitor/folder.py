@@ -92,7 +92,7 @@ class Folder:
     def _is_ours(self, entry: os.DirEntry[str], kind: str) -> bool:
         try:
             status = entry.stat(follow_symlinks=False)
-        except OSError:  # it has gone
+        except OSError:  # it is gone
             return False
         return status.st_uid == self.owner and (
             stat.S_ISSOCK(status.st_mode) if kind == "sock" else stat.S_ISREG(status.st_mode)

@@ -87,7 +87,7 @@ class Share(PerProcess):
         threading.Thread(target=self._serve, args=(self._server,), name="zpgpool-share", daemon=True).start()
 
     def forget(self) -> None:
-        """See `PerProcess`: a copy of the parent's socket would make it look alive when the parent has gone."""
+        """See `PerProcess`: a copy of the parent's socket would make it look alive when the parent is gone."""
         if self._server is not None:
             self._server.close()
         self._reset()
@@ -129,7 +129,7 @@ class Share(PerProcess):
                 # To a process of another version: its page then shows which process this is.
                 document = self.document(what if form == str(FORMAT) else "")
                 peer.sendall(json.dumps(document).encode())
-            except OSError:  # the process that asked has gone, or is stopped
+            except OSError:  # the process that asked is gone, or is stopped
                 pass
             except Exception:
                 log.exception("the answer to another process of the site failed")

@@ -18,7 +18,7 @@ log = logging.getLogger("zpgpool")
 
 
 class Disconnects:
-    """Asks the server which clients have gone, and cancels the queries of those clients."""
+    """Asks the server which clients have disconnected, and cancels the queries of those clients."""
 
     #: How often, in seconds.
     EVERY = 0.5
@@ -34,7 +34,7 @@ class Disconnects:
             timer.watch(self)
 
     def run_maintenance(self, now: float) -> float:
-        """Cancel the queries of clients that have gone; return when to ask again (monotonic seconds)."""
+        """Cancel the queries of clients that have disconnected; return when to ask again (monotonic seconds)."""
         for lease, has_gone in self._leases.copy().items():
             if lease.is_over:
                 self._leases.pop(lease, None)

@@ -6,7 +6,6 @@ import logging
 from contextlib import suppress
 from threading import get_ident
 from types import FrameType
-from typing import Any
 from typing import TYPE_CHECKING
 
 from ..core import tasks
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
     from psycopg2.extensions import connection as Connection
 
+    from ..core.owners import OwnerLocal
     from ..types import KeyedPool
     from ..types import PersistentPool
     from ..types import Pool
@@ -44,7 +44,7 @@ class ThreadLease(Lease):
         self.environ = environ
         self.frame = frame
         self._thread = get_ident()
-        here: Any = getattr(pool, "here", None)
+        here: OwnerLocal | None = getattr(pool, "here", None)
         owner = self._owner = pool.owner() if here is None else here.owner
         self.home = local.state
         self.home.leases[id(pool)] = self  # last: an exception may come between any two lines

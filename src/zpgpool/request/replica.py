@@ -11,7 +11,6 @@ import re
 import time
 from contextlib import suppress
 from enum import Enum
-from typing import Any
 from typing import cast
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -122,7 +121,7 @@ class Fault(Enum):
 
     #: It refuses a write.
     REFUSED_WRITE = 1
-    #: The query was in the way of its recovery, or the replica has gone, or a standby cannot do that (0A000): read an
+    #: The query was in the way of its recovery, or the replica is gone, or a standby cannot do that (0A000): read an
     #: unlogged table, SERIALIZABLE, READ WRITE.
     LOST = 2
     #: Nothing that the primary would not say, too.
@@ -162,7 +161,7 @@ class ReplicaLease(Lease):
         self._is_own = is_own
         self._before: Lease | None = None
         self.is_reading = replica is not primary
-        replicas: Any = getattr(replica.pool, "settings", None)
+        replicas: object = getattr(replica.pool, "settings", None)
         if getattr(replicas, "autocommit", None) == "safe":
             replica.set_session(autocommit=True)
         #: Whether the session has refused a write.

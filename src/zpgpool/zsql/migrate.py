@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import psycopg2
 import transaction
@@ -22,6 +23,10 @@ from ..errors import CommandError
 from ..errors import one_line
 from ..registry import query_pool
 from . import Connection
+
+
+if TYPE_CHECKING:
+    from OFS.ObjectManager import ObjectManager
 
 
 META_TYPE = "Z Psycopg 2 Database Connection"
@@ -37,7 +42,7 @@ class Found(NamedTuple):
     """A connection object: where it is, and in which folder. Zope's classes have no types."""
 
     path: str
-    folder: Any
+    folder: ObjectManager
     id: str
 
     @property
@@ -94,7 +99,7 @@ def _pool_of(path: str, pools: dict[str, str]) -> str:
     return pools.get(path, "")
 
 
-def _open_site(conf: str) -> tuple[type[Any], Any]:
+def _open_site(conf: str) -> tuple[type[object], ObjectManager]:
     """Return ZPsycopgDA's class, and the root of the site."""
     if not Path(conf).is_file():
         raise CommandError(f"there is no file {conf}")
@@ -118,7 +123,7 @@ def _open_site(conf: str) -> tuple[type[Any], Any]:
     return TheirConnection, Zope2.app()
 
 
-def _find(folder: Any, meta_type: str, path: str = "") -> Iterator[Found]:
+def _find(folder: ObjectManager, meta_type: str, path: str = "") -> Iterator[Found]:
     for id, each in folder.objectItems():
         if getattr(aq_base(each), "meta_type", None) == meta_type:
             yield Found(f"{path}/{id}", folder, id)
@@ -150,7 +155,7 @@ def _forth(theirs: Any, name: str) -> object:
     return _make(Connection, {**state, "zdatetime": bool(theirs.zdatetime), "pool_name": name, "migrated": kept})
 
 
-def _back(ours: Any, their_class: type[Any]) -> object:
+def _back(ours: Any, their_class: type[object]) -> object:
     state = {**ours.__getstate__()}
     del state["pool_name"]
     return _make(their_class, state | state.pop("migrated"))
