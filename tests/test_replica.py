@@ -37,6 +37,7 @@ from zpgpool.core import lag
 from zpgpool.core.lag import lag_of
 from zpgpool.core.lag import NOT_YET
 from zpgpool.core.lag import watch
+from zpgpool.core.owners import tasks
 from zpgpool.core.timer import timer
 from zpgpool.datamanager import connection
 from zpgpool.metrics import instrument
@@ -44,6 +45,7 @@ from zpgpool.monitor.history import history_of
 from zpgpool.pyramid import get_connection as connection_of
 from zpgpool.request.kinds import OwnLease
 from zpgpool.request.lease import Lease
+from zpgpool.request.lease import local
 from zpgpool.request.replica import has_written
 from zpgpool.request.replica import with_write_cookie
 from zpgpool.settings import SettingError
@@ -297,6 +299,7 @@ def test_a_pool_for_one_thread_is_refused_as_a_replica(make_main: Any) -> None:
         zpgpool.register_pool(main, "main")
         with pytest.raises(zpgpool.PoolError, match="is for one thread"):
             site().get("/", extra_environ={"wsgi.multithread": "1"})
+        assert (local.state.leases, tasks.get(threading.get_ident())) == ({}, None)
 
 
 # The transaction package ---------------------------------------------------------------------------------------------
@@ -751,11 +754,35 @@ def test_sessions_of_a_replicas_pool_are_read_only_whatever_they_find(
         drained = pool.get_stats()["connections_num"]
         pool.serve_readers(lag.WAIT)  # it does already
         assert pool.get_stats()["connections_num"] == drained
-        for at_once in (False, True) if autocommit else (False,):
+        for at_once in (False, True, False, True):
             with pool.connection() as conn:
                 conn.autocommit = at_once
                 with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
                     run(conn, "INSERT INTO notes (text) VALUES ('x')")
+
+
+SESSIONS = [
+    {"readonly": True, "autocommit": True},
+    {"readonly": "DEFAULT", "autocommit": True},
+    {"readonly": False},
+    {"readonly": True},
+]
+
+
+@pytest.mark.parametrize("autocommit", [None, True, "safe"])
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_session_that_only_reads_does_so_after_any_use(dsn: str, session: Any, autocommit: Any) -> None:
+    """psycopg2 sets the server's own setting, and sets it to its default when it leaves autocommit."""
+    with zpgpool.PersistentConnectionPool(1, 1, dsn, autocommit=autocommit, readonly=True, idle_timeout=60) as pool:
+        with pool.connection() as conn:
+            conn.set_session(**session)
+            run(conn, "SELECT 1")
+        for at_once in (False, True):
+            with pool.connection() as conn:
+                conn.autocommit = at_once
+                with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+                    run(conn, "CREATE TABLE nowhere (number int)")
+        assert pool.get_stats()["connections_num"] == 1
 
 
 def test_who_cannot_read_only_is_left_out(make_main: Any, level: Pair, caplog: pytest.LogCaptureFixture) -> None:

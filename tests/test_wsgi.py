@@ -1703,6 +1703,27 @@ def test_two_filters_with_one_name_have_a_database_each(
     assert [pool.holders() for pool in pools] == [[], []]
 
 
+def test_an_inner_call_leaves_the_connection_in_environ_as_it_was(make_pool: MakePool, kind: str) -> None:
+    """The innermost filter is a part of the outermost's request, and shows that one's connection while it runs."""
+    outer, middle = [make_pool(KINDS[kind], idle_timeout=60, application_name=name) for name in ("outer", "middle")]
+    shown: list[Any] = []
+
+    def show(environ: Any, start_response: Any) -> list[bytes]:
+        shown.append(run(environ["zpgpool.connection"], "SELECT current_setting('application_name')"))
+        start_response("200 OK", [])
+        return []
+
+    inner = PoolMiddleware(show, outer, eager=True)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        show(environ, lambda *args: print)
+        inner(environ, lambda *args: print)
+        return show(environ, start_response)
+
+    serve(PoolMiddleware(PoolMiddleware(app, middle, eager=True), outer, eager=True))
+    assert shown == ["middle", "outer", "middle"]
+
+
 @pytest.mark.parametrize("ends", ["iterated", "closed"])
 def test_a_filter_within_one_of_another_pool_streams_from_its_own(make_pool: MakePool, kind: str, ends: str) -> None:
     """Three with one name: the innermost is a part of the outermost's request, its body, too."""

@@ -282,6 +282,11 @@ class PoolSettings:
             raise SettingError(f"option 'replica': {self.name!r} is this pool itself")
         self._check_pooler()
 
+    @property
+    def refuses_writes(self) -> bool:
+        """Whether the server itself shall refuse writes: not where its sessions are other clients' too."""
+        return bool(self.readonly) and self.pooler != "pgbouncer-transaction"
+
     def _check_pooler(self) -> None:
         """Refuse what a pooler makes untrue (PgBouncer documentation, "SQL feature map for pooling modes")."""
         refused = {}

@@ -56,6 +56,8 @@ from .request import with_write_cookie
 
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from _typeshed.wsgi import StartResponse
     from _typeshed.wsgi import WSGIApplication
     from _typeshed.wsgi import WSGIEnvironment
@@ -64,8 +66,6 @@ if TYPE_CHECKING:
     from .settings import PoolSettings
     from .types import ManagedPool
     from .types import Pool
-
-    BeginAgain = Callable[[], Iterable[bytes]]
 
 
 log = logging.getLogger("zpgpool")
@@ -208,14 +208,14 @@ class PoolMiddleware:
     def _serve_inner(
         self, environ: WSGIEnvironment, start_response: StartResponse, outer: Lease, before: object
     ) -> Iterable[bytes]:
+        was = {key: environ[key] for key in (self._key, "zpgpool.connection") if key in environ}
         environ[self._key] = outer
         if self.eager:
             environ["zpgpool.connection"] = outer.connection()
         try:
             body = self.app(environ, start_response)
         finally:
-            if before is not None:
-                environ[self._key] = before
+            environ.update(was)
         is_plain = before is None or before is outer or is_complete(body, environ)
         return body if is_plain else InnerBody(body, environ, self._key, outer)
 
@@ -226,7 +226,7 @@ class PoolMiddleware:
         lease: Lease,
         before: object = None,
         original: WSGIEnvironment | None = None,
-        begin_again: BeginAgain | None = None,
+        begin_again: Callable[[], Iterable[bytes]] | None = None,
         hook: Callable[[Headers], Headers] | None = None,
     ) -> Iterable[bytes]:
         """Call the application with `lease`, and end that with the request.
@@ -334,8 +334,6 @@ class PoolMiddleware:
         response(answer.status, answer.headerlist)
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    # The replica -----------------------------------------------------------------------------------------------------
-
     def _route(
         self, environ: WSGIEnvironment, start_response: StartResponse, pool: Pool, before: object
     ) -> Iterable[bytes]:
@@ -343,13 +341,12 @@ class PoolMiddleware:
 
         Who may write gets the cookie; so does who begins again, and may write then.
         """
-        settings = cast("ManagedPool", pool).settings
-        seconds = settings.primary_after_write
+        seconds = cast("ManagedPool", pool).settings.primary_after_write
         frame = sys._getframe()
 
         def serve(writes: bool, original: WSGIEnvironment | None = None) -> Iterable[bytes]:
-            primary: Lease = self._lease_class(pool, environ, frame)
-            lease = primary if writes else self._lease_to_read(environ, primary, seconds)
+            make = self._lease_class if writes else self._lease_to_read
+            lease = make(pool, environ, frame)
 
             def hook(headers: Headers) -> Headers:
                 is_writer = writes or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
@@ -359,14 +356,17 @@ class PoolMiddleware:
 
         return serve(may_write(environ), dict(environ) if is_safe(environ) else None)
 
-    def _lease_to_read(self, environ: WSGIEnvironment, primary: Lease, seconds: float) -> Lease:
+    def _lease_to_read(self, pool: Pool, environ: WSGIEnvironment, frame: FrameType) -> Lease:
         """Return a lease that reads: from the replica, if it may be, by the lease of a filter that serves it, too."""
-        replica = None if has_written(environ, seconds) else self._find_replica(primary.pool)
+        seconds = cast("ManagedPool", pool).settings.primary_after_write
+        replica = None if has_written(environ, seconds) else self._find_replica(pool)
         if replica is None:
+            primary: Lease = self._lease_class(pool, environ, frame)
             return ReplicaLease(primary, primary, False, environ)
-        _check_threads(replica, environ)
+        _check_threads(replica, environ)  # before there is a lease: what is refused leaves none
         outer = self._find_outer(environ, None, replica)
-        reader = outer or lease_class(replica)(replica, environ, primary.frame)
+        primary = self._lease_class(pool, environ, frame)
+        reader = outer or lease_class(replica)(replica, environ, frame)
         return ReplicaLease(primary, reader, outer is None, environ)
 
     def _find_replica(self, pool: Pool) -> Pool | None:

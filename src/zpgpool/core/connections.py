@@ -43,7 +43,6 @@ from .notifier import weakly
 from .opener import Opener
 from .owners import current_work
 from .owners import who
-from .session import set_up
 from .workers import cancellers
 from .workers import will_fork
 
@@ -92,7 +91,6 @@ class Connections(IdleConnections):
         """Follow these settings from now on."""
         self.settings = self.opener.settings = settings
         self.backoff.outage_wait = settings.outage_wait
-        self._set_up = partial(set_up, settings=settings)
         #: How long a look at a socket is good for, in seconds: not at all where `check` has to see every user.
         self.moment = MOMENT if settings.check is None else NEVER_YET
         self.handoff.limit = settings.maxconn
@@ -198,7 +196,7 @@ class Connections(IdleConnections):
     def _passes_check(self, entry: Entry, check: Callable[[Connection], object]) -> bool:
         why = "it was interrupted"  # and where that exception is kept, its traceback keeps the slot
         try:
-            why = entry.refusal(check, self._set_up)
+            why = entry.refusal(check, self.settings)
         finally:
             if why:
                 log.info("%s: check refused a connection: %s", self._notifier, why)
@@ -268,7 +266,7 @@ class Connections(IdleConnections):
             elif now >= entry.expires:
                 reason = "too old"
             else:
-                why = entry.reset(self.settings.reset, self._set_up)
+                why = entry.reset(self.settings, self.settings.reset)
                 is_clean = not why
                 if why:
                     self._tell_unclean(entry, why)

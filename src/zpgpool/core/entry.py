@@ -23,6 +23,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from ..errors import one_line
+from ..settings import PoolSettings
 from ..settings import Reset
 from .handoff import Slot
 from .handoff import Ticket
@@ -30,9 +31,11 @@ from .libpq import CancelHandle
 from .readable import make_look
 from .session import forget_messages
 from .session import is_touched
+from .session import may_write
 from .session import restore
 from .session import roll_back
 from .session import session_of
+from .session import set_up
 from .session import untouch
 
 
@@ -196,8 +199,10 @@ class Entry(Slot):
         """Whether the session is as configured, outside of any transaction: known locally, without a round trip."""
         return not self.conn.get_transaction_status() and session_of(self.conn) == self.baseline
 
-    def reset(self, extra: Reset, set_up: Callable[[Connection], object]) -> str:
+    def reset(self, settings: PoolSettings, extra: Reset = None) -> str:
         """Bring the session back to its baseline; return why that cannot be, and the connection must go, if so.
+
+        extra -- what `settings` want to be done besides, if it shall be done.
 
         Never raises for what the server did, nor for what the user's own `extra` did.
         """
@@ -214,11 +219,12 @@ class Entry(Slot):
                 roll_back(conn)
             if extra == "discard":
                 conn.reset()
-                set_up(conn)
+                set_up(conn, settings)
             if is_touched(conn):
                 forget_messages(conn)
-                if session_of(conn) != self.baseline:
-                    restore(conn, self.baseline)
+                refuses = settings.refuses_writes
+                if session_of(conn) != self.baseline or (refuses and may_write(conn)):
+                    restore(conn, self.baseline, refuses)
             if callable(extra):
                 extra(conn)
             if is_touched(conn):
@@ -234,14 +240,14 @@ class Entry(Slot):
         except Exception as error:
             return one_line(error)
 
-    def refusal(self, check: Callable[[Connection], object], set_up: Callable[[Connection], object]) -> str:
+    def refusal(self, check: Callable[[Connection], object], settings: PoolSettings) -> str:
         """Return why the user's `check` refuses it, or nothing; what the check leaves in the session is undone."""
         try:
             check(self.conn)
         except Exception as error:
             return one_line(error)
         forget_messages(self.conn)
-        return "" if self.is_clean() else self.reset(None, set_up)
+        return "" if self.is_clean() else self.reset(settings)
 
     def is_alive(self) -> bool:
         """Whether the server is at the other end, as far as the socket tells: no round trip.

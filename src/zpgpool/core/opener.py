@@ -178,7 +178,7 @@ class Opener:
                 raise psycopg2.OperationalError("it lets us connect, but does not answer")
             check = self.settings.check
             # Here, before the connect counts as one that succeeded: where all are refused, it is tried with pauses.
-            if check is not None and (why := entry.refusal(check, partial(set_up, settings=self.settings))):
+            if check is not None and (why := entry.refusal(check, self.settings)):
                 raise Unfit(f"check refused a new connection: {why}")
             outage = self.backoff.succeeded()
             if outage is not None:

@@ -166,18 +166,36 @@ def set_up(conn: Connection, settings: PoolSettings) -> None:
     session = {name: getattr(settings, name) for name in SESSION}
     if session["autocommit"] == "safe":
         session["autocommit"] = None  # until a request of a safe method has it
-        if session["readonly"]:
-            # The server's setting: psycopg2 forgets its own when autocommit is set later.
-            session["readonly"] = None
-            with conn.cursor(cursor_factory=cursor) as curs:
-                curs.execute("SET default_transaction_read_only = on")
-            conn.commit()
+    if settings.refuses_writes and refuse_writes(conn) and settings.autocommit == "safe":
+        session["readonly"] = None  # psycopg2 would set the server's back, at the cost of a round trip, after each
     if any(value is not None for value in session.values()):
         conn.set_session(**session)
     if settings.configure is not None:
         settings.configure(conn)
         if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE:
             raise PoolError(f"{settings.configure!r} left the connection in a transaction: it must commit")
+
+
+def refuse_writes(conn: Connection) -> bool:
+    """Have the server refuse writes by default; return whether it does. One round trip, outside of any transaction.
+
+    psycopg2's own `readonly` goes with the BEGIN that it sends, and it sends none with autocommit. Behind a pooler,
+    whose sessions have other numbers, nothing is changed: the session may be another client's next.
+    """
+    conn.autocommit = True
+    with conn.cursor(cursor_factory=cursor) as curs:
+        curs.execute(
+            "SELECT set_config('default_transaction_read_only', 'on', false) WHERE pg_backend_pid() = %s",
+            (conn.get_backend_pid(),),
+        )
+        refuses = bool(curs.rowcount)
+    conn.autocommit = False
+    return refuses
+
+
+def may_write(conn: Connection) -> bool:
+    """Whether the server may take writes by default, as PostgreSQL >= 14 reports by itself."""
+    return conn.get_parameter_status("default_transaction_read_only") != "on"
 
 
 def is_demoted(conn: Connection) -> bool:
@@ -200,11 +218,16 @@ def is_demoted(conn: Connection) -> bool:
     return bool(is_demoted)
 
 
-def restore(conn: Any, baseline: tuple[object, ...]) -> None:
-    """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed."""
+def restore(conn: Any, baseline: tuple[object, ...], refuses_writes: bool) -> None:
+    """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed.
+
+    refuses_writes -- whether the server shall refuse writes again, which psycopg2 undoes when it leaves autocommit.
+    """
     _, autocommit, isolation_level, readonly, deferrable, encoding, conn.cursor_factory = baseline
     conn.autocommit = False
     conn.isolation_level = conn.readonly = conn.deferrable = None
+    if refuses_writes and may_write(conn):
+        refuse_writes(conn)
     conn.autocommit = autocommit
     # After it: what is set before, psycopg2 forgets with autocommit.
     conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
