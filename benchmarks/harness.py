@@ -85,8 +85,9 @@ def compare(
     is_less_better: bool = True,
     rounds: int = ROUNDS,
     note: str = "",
+    more: Callable[[str], dict[str, float]] = lambda peer: {},
 ) -> Question:
-    """Measure all peers in alternation."""
+    """Measure all peers in alternation. What `more` says of a peer in the end is kept beside it."""
     say(f"\nmeasuring: {title} ...")
     found: dict[str, list[float]] = {peer: [] for peer in measures}
     for _ in range(rounds):
@@ -97,7 +98,8 @@ def compare(
         ratios = [value / other for value, other in zip(values, found[reference], strict=True)]
         low, _, high = statistics.quantiles(values, n=4)
         between = median_interval(ratios)
-        figures.append(Figure(peer, statistics.median(values), low, high, statistics.median(ratios), between=between))
+        ratio = statistics.median(ratios)
+        figures.append(Figure(peer, statistics.median(values), low, high, ratio, more(peer), between=between))
     return tell(Question(name, title, unit, figures, reference, is_less_better, note))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
 
+from benchmarks.harness import Figure
 from benchmarks.harness import Question
 
 
@@ -124,10 +125,20 @@ def summary(questions: list[Question]) -> list[str]:
             text = "" if figure is None else f"{figure.value:,.3g}" if figure.value < 1000 else f"{figure.value:,.0f}"
             errors = figure.more.get("errors", 0) if figure is not None else 0
             text += f" ({errors:,.0f} errors)" if errors else ""
-            texts.append(f"**{text}**" if figure is not None and figure is best else text)
+            is_bold = figure in sound and _is_level(figure, best, question.is_less_better)
+            texts.append(f"**{text}**" if is_bold else text)
         arrow = "less" if question.is_less_better else "more"
         lines += _row([f"{question.title} ({question.unit}, {arrow} is better)", *texts])
     return [*lines, ""]
+
+
+def _is_level(figure: Figure, best: Figure, is_less_better: bool) -> bool:
+    """Whether the interval of a figure's median ratio reaches the best one's: nothing says then that it is behind."""
+    if figure is best or not (figure.between and best.between):
+        return figure is best
+    if is_less_better:
+        return figure.between[0] <= best.between[1]
+    return figure.between[1] >= best.between[0]
 
 
 def _row(cells: list[str]) -> list[str]:

@@ -76,11 +76,15 @@ class Site:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICK
 
-    def ask(self, path: str, processor: int) -> float:
+    def medians(self) -> dict[str, float]:
+        """Return the medians of what was measured besides."""
+        return {label: sorted(values)[len(values) // 2] for label, values in self.more.items()}
+
+    def ask(self, path: str, processor: int, clients: int = CLIENTS) -> float:
         """Return the requests per second of one round."""
         before = self._processor_time()
         output = subprocess.check_output(
-            ["taskset", "-c", str(processor), "wrk", "-t1", f"-c{CLIENTS}", f"-d{SECONDS}s", "--latency",
+            ["taskset", "-c", str(processor), "wrk", "-t1", f"-c{clients}", f"-d{SECONDS}s", "--latency",
              f"http://127.0.0.1:{self.port}{path}"],
             text=True,
         )  # fmt: skip
@@ -105,29 +109,33 @@ class Site:
 
 
 def page(
-    dsn: str, path: str, threads: int, title: str, ways: list[str], is_pinned: bool = True, name: str = ""
+    dsn: str,
+    path: str,
+    threads: int,
+    title: str,
+    ways: list[str],
+    is_pinned: bool = True,
+    name: str = "",
+    clients: int = CLIENTS,
 ) -> Question:
     """Compare the ways at one page."""
     last = (os.cpu_count() or 1) - 1
     with ExitStack() as stack:
         sites = {way: stack.enter_context(Site(way, dsn, threads, 0 if is_pinned else -1)) for way in ways}
         for site in sites.values():
-            site.ask(path, last)
+            site.ask(path, last, clients)
             site.forget()
         name = name or f"wsgi{path.replace('/', '-')}-{threads}{'' if is_pinned else '-unpinned'}"
-        question = compare(
+        return compare(
             name,
             f"waitress, {threads} threads, {title}",
             "requests/s",
-            {way: lambda site=site: site.ask(path, last) for way, site in sites.items()},
+            {way: lambda site=site: site.ask(path, last, clients) for way, site in sites.items()},
             ways[0],
             is_less_better=False,
             rounds=3 if QUICK else ROUNDS,
+            more=lambda peer: sites[peer].medians(),
         )
-        for figure in question.figures:
-            for label, values in sites[figure.peer].more.items():
-                figure.more[label] = sorted(values)[len(values) // 2]
-    return question
 
 
 @contextmanager
@@ -192,4 +200,5 @@ def all_of(server: Any) -> list[Question]:
             page(server.dsn, "/one", 4, "one SELECT 1, not pinned to a processor", WAYS, is_pinned=False),
             page(server.dsn, "/one", 16, "one SELECT 1, not pinned to a processor", WAYS, is_pinned=False),
             page(far, "/one", 4, wired, WAYS, name="wsgi-one-4-wire"),
+            page(far, "/one", 4, f"{wired}, one request at a time", WAYS, name="wsgi-one-4-wire-1", clients=1),
         ]
