@@ -546,6 +546,14 @@ def write_ini(folder: Path, *options: str) -> Path:
 
 
 class TestOptions:
+    def test_a_temporary_folder_with_a_long_name(self, tmp_path: Path, made_data: Path) -> None:
+        """The path of a socket has about a hundred bytes (unix(7))."""
+        folder = tmp_path / ("long" * 30)
+        folder.mkdir()
+        with running(tmp_path, "--data", made_data, TMPDIR=str(folder)) as demo:
+            assert demo.begin().ask().status == 200
+            assert demo.end() == 0
+
     def test_another_server(self, tmp_path: Path, database: str) -> None:
         with running(tmp_path, "--dsn", database) as demo:
             demo.begin()

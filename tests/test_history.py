@@ -79,7 +79,7 @@ def test_a_pool_that_opens_a_connection_has_one_from_then_on(make_pool: MakePool
 
 class TestSamples:
     def test_are_taken_by_the_rounds_of_the_timer(self, make_pool: MakePool) -> None:
-        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=600, prune_interval=30)
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 3, idle_timeout=600, prune_interval=30)
         pool._timer = None
         kept = history_of(pool)
         now = time.monotonic()

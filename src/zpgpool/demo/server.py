@@ -27,6 +27,10 @@ log = logging.getLogger("zpgpool.demo")
 START = 60.0
 STOP = 4.0
 
+#: How long the name of the folder may be in which that of the sockets is made: the path of a socket has at most 103
+#: bytes, on macOS.
+LONGEST = 103 - len("/zpgpool-12345678/.s.PGSQL.65535.lock")
+
 #: As root the server runs as this user: PostgreSQL refuses root.
 SERVANT = "nobody"
 
@@ -62,7 +66,7 @@ class EmbeddedServer:
         self.data = data.absolute()
         self.port = port
         self.options = options or {}
-        self.sockets = Path(tempfile.mkdtemp(prefix="zpgpool-"))  # short: the path of a socket has at most 107 bytes
+        self.sockets = Path(tempfile.mkdtemp(prefix="zpgpool-", dir=_folder_of_sockets()))
         self._binaries = binaries or find_binaries()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -208,6 +212,11 @@ class EmbeddedServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+def _folder_of_sockets() -> str:
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= LONGEST else "/tmp"
 
 
 def _last_words(text: str) -> str:
