@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import psycopg2
@@ -642,6 +643,43 @@ class TestWorkers:
         workers = Workers("test-worker", 2)
         workers.run(lambda: None)
         eventually(lambda: not workers._threads)
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_task_that_comes_while_the_last_thread_goes(self, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+        """Real time. After its look at the queue: nobody did it, until the next task came."""
+        monkeypatch.setattr("zpgpool.core.workers.IDLE", 0.05)
+        workers, done = Workers("test-worker", 1), threading.Event()
+
+        class Tasks(SimpleQueue[Any]):
+            def empty(self) -> bool:
+                is_empty = super().empty()
+                if done.is_set():
+                    return is_empty
+                workers.run(done.set)
+                return is_empty if when == "after" else super().empty()
+
+        workers._tasks = Tasks()
+        workers.run(lambda: None)
+        assert done.wait(10)
+        eventually(lambda: not workers._threads and not workers._idle)
+
+    def test_a_task_that_comes_while_the_other_is_begun(self) -> None:
+        """It waited for the end of that one, which may hang, although there was room for a thread."""
+        workers, go, done = Workers("test-worker", 2), threading.Event(), threading.Event()
+
+        class Tasks(SimpleQueue[Any]):
+            def get(self, *args: Any, **keywords: Any) -> Any:
+                task = super().get(*args, **keywords)
+                if task == go.wait:
+                    workers.run(done.set)
+                return task
+
+        workers._tasks = Tasks()
+        workers.run(go.wait)
+        try:
+            assert done.wait(10)
+        finally:
+            go.set()
 
 
 class TestCancels:

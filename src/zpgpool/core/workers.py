@@ -114,7 +114,14 @@ class Workers:
         if self._process != os.getpid():  # forked by C code, which does not call Python's hooks
             self._forget()
         self._tasks.put(task)
-        # One thread too many, started by two at a time, ends at once.
+        self._see_to_threads()
+
+    def _see_to_threads(self) -> None:
+        """Start a thread if there are more tasks than threads for them.
+
+        Asked after a task was put, and after a thread is no longer idle: without a lock, either of the two sees the
+        other. One thread too many, started by two at a time, ends at once.
+        """
         if len(self._threads) < self._most and self._tasks.qsize() > self._idle:
             if not start(self._work, self._name):
                 with suppress(Empty):
@@ -140,13 +147,18 @@ class Workers:
                 task = self._tasks.get(timeout=IDLE)
             except Empty:
                 with self._lock:
-                    if self._tasks.empty():  # else: put since then, by a thread that counts on this one
-                        self._threads.discard(me)
-                        self._idle -= 1
+                    # Leave first, then look: whoever puts a task after the look sees that this one is gone. The other
+                    # way round it would count on this one, and nobody would do the task.
+                    self._threads.discard(me)
+                    self._idle -= 1
+                    if self._tasks.empty():
                         return
+                    self._threads.add(me)
+                    self._idle += 1
                 continue
             with self._lock:
                 self._idle -= 1
+            self._see_to_threads()  # for what was put while this one still counted as idle
             self._do(task)
             del task  # it may hold a pool
             with self._lock:
