@@ -39,6 +39,7 @@ from zpgpool.core.lines import UNKNOWN
 from zpgpool.core.owners import tasks
 from zpgpool.core.timer import MaintenanceTimer
 from zpgpool.core.watchdog import RETURN_LIMIT
+from zpgpool.core.workers import closers
 from zpgpool.core.workers import Gate
 from zpgpool.core.workers import start
 from zpgpool.core.workers import Workers
@@ -850,11 +851,45 @@ class TestWhatAReviewerBroke:
         conn = pool.getconn()
 
         pool._owners, owners = Interrupting(pool._owners), pool._owners
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as kept:  # its frames have the token of the checkout's life
             pool.checkout(conn)
         pool._owners = owners
         pool.putconn(conn)
         assert pool.holders() == []
+        assert pool.get_stats()["pool_available"] == 1
+        del kept
+
+    @pytest.mark.parametrize("how", ["putconn", "putconn_of", "detach", "checkout"])
+    def test_a_lost_checkout_is_not_reaped_from_the_next_users_hands(self, make_pool: MakePool, how: str) -> None:
+        """The thread had given it back, and so to the next user; the pool closed it, as the lost checkout's."""
+        pool = make_pool(zpgpool.PersistentConnectionPool, 0, 1, idle_timeout=60, timer=None)
+        conn = pool.getconn()
+        pool.checkout(conn)  # and lost at once
+        if how == "detach":
+            pool.detach(conn)
+        elif how == "checkout":
+            checkout = pool.checkout(conn)
+        else:
+            pool.putconn(conn) if how == "putconn" else pool.putconn_of(pool.owner())
+            assert pool.holders() == []
+            assert pool.getconn() is conn
+        pool.run_maintenance(time.monotonic())
+        eventually(lambda: not closers._tasks.qsize())
+        assert run(conn, "SELECT 1") == 1
+        if how == "checkout":
+            checkout.putconn()
+        conn.close()
+
+    def test_a_lost_checkout_that_was_reaped_is_not_parked(self, make_pool: MakePool) -> None:
+        pool = make_pool(zpgpool.PersistentConnectionPool, 0, 1, idle_timeout=60, timer=None)
+        conn = pool.getconn()
+        pool.checkout(conn)
+        pool._reap()
+        pool.putconn(conn)
+        assert pool.get_stats()["pool_available"] == 0
+        eventually(lambda: conn.closed)
+        assert run(pool.getconn(), "SELECT 1") == 1
+        pool.putconn()
 
     def test_an_old_error_is_not_raised_when_the_server_is_there(self, make_pool: MakePool) -> None:
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, timeout=20, configure=lambda conn: time.sleep(0.05))

@@ -73,8 +73,10 @@ class PersistentConnectionPool(AbstractConnectionPool):
         entry = owner.entry
         if entry is None or (conn is not None and conn is not entry.conn):
             self._refuse("this thread does not hold that connection; was it returned before?")
-        if entry.checkout is not None and entry.has_checkout:
-            return  # by a transaction: that puts it away
+        if entry.checkout is not None:
+            if not entry.has_checkout:  # else: by a transaction, which puts it away
+                self.putconn_of(owner, close)
+            return
         owner.entry = None
         self._give_back(owner, entry, close)
 
@@ -103,19 +105,37 @@ class PersistentConnectionPool(AbstractConnectionPool):
         else:
             home, entry = self._find_user(home, conn, life)
         user = CheckoutOwner(life)
-        user.entry = entry
-        self._owners.add(user)
-        return Checkout(entry.conn, partial(self._end_checkout, user, home), life)
+        try:
+            user.entry = entry
+            self._owners.add(user)
+            return Checkout(entry.conn, partial(self._end_checkout, user, home), life)
+        except BaseException:
+            user.entry = entry.checkout = None  # the traceback, which somebody may keep, has the token of its life
+            raise
 
     def _find_user(self, here: ThreadOwner, conn: Connection, life: LifeToken) -> tuple[ThreadOwner, Entry]:
         """Return the thread that has `conn`, and may go on with it as long as the checkout lasts."""
         with self._connections.lock:
             for owner in [here, *self._owners]:
                 entry = owner.entry
-                if entry is not None and entry.conn is conn and not entry.has_checkout:
+                if entry is not None and entry.conn is conn and not entry.has_checkout and self._reclaim(entry):
                     entry.checkout = weakref.ref(life)
                     return owner, entry
         return self._refuse("the connection is not in use, or checked out already")
+
+    def _reclaim(self, entry: Entry) -> bool:
+        """Take `entry` from a checkout that was lost; False when it was reaped for that, and is closed.
+
+        What has another user must not stand under the lost one: to reap that would close it in the other's hands.
+        """
+        if entry.checkout is None:
+            return True
+        with self._connections.lock:
+            lost = [user for user in list(self._owners) if isinstance(user, CheckoutOwner) and user.entry is entry]
+            for user in lost:
+                user.entry = None
+            entry.checkout = None
+            return bool(lost) or entry.state != CLOSING
 
     def _end_checkout(self, user: ThreadOwner, home: ThreadOwner, close: bool) -> None:
         entry = user.entry
@@ -130,7 +150,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
         """See `IPoolManagement`. From the thread that has it: that takes no lock to return it."""
         owner = self.here.owner
         entry = owner.entry
-        if entry is None or entry.conn is not conn or entry.has_checkout:
+        if entry is None or entry.conn is not conn or entry.has_checkout or not self._reclaim(entry):
             self._refuse("this thread does not hold that connection, or a checkout has it")
         owner.entry = None
         self._connections.detach(entry)
@@ -153,7 +173,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
             owner.entry = None  # its own thread needs no lock
         elif not self._remove_user(owner, entry):
             return False
-        if entry.checkout is None or not entry.has_checkout:
+        if entry.checkout is None or (not entry.has_checkout and self._reclaim(entry)):
             self._give_back(owner, entry, close)
         return True
 
