@@ -1061,6 +1061,45 @@ class TestWhatAReviewerBroke:
             del body
         assert pool.holders() == []
 
+    @both
+    @pytest.mark.parametrize("where", ["share", "take", "release", "abandon"])
+    def test_a_transaction_whose_end_was_interrupted_keeps_no_connection(
+        self, make_pool: MakePool, factory: Any, where: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its traceback, which somebody may keep, kept the connection, until a garbage collection."""
+        pool = make_pool(factory, 0, 1, idle_timeout=60)
+        zpgpool.register_pool(pool)
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            get_transactions_connection().cursor().execute("SELECT 1")
+            if where == "release":
+                transaction.commit()
+            start_response("200 OK", [])
+            return [b""]
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        site: Any = PoolMiddleware(app, pool)
+        idle: Any = PoolMiddleware(lambda environ, start_response: [b""], pool)
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+        target = {
+            "share": "zpgpool.request.lease.SharedCheckout",
+            "take": "zpgpool.onephase.transient_cursor",
+            "release": "zpgpool.request.SharedCheckout.let_go",
+            "abandon": "zpgpool.onephase.DataManager.abandon",
+        }[where]
+        if where == "abandon":
+            site(dict(environ), lambda *args: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(target, interrupted)
+            with pytest.raises(KeyboardInterrupt) as kept:
+                (idle if where == "abandon" else site)(dict(environ), lambda *args: None)
+        idle(dict(environ), lambda *args: None)
+        assert pool.holders() == []
+        del kept
+        transaction.abort()
+
     @pytest.mark.parametrize("what", ["connect", "close"])
     def test_what_was_interrupted_before_its_thread_is_not_under_way(
         self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, what: str

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
+from contextlib import suppress
 from os import getpid
 from time import monotonic
 from typing import cast
@@ -202,7 +203,10 @@ class PoolMiddleware:
                 lease.end()
         while state.orphaned:
             request = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
-            state.orphaned.pop().abandon(f"{request} begins, which must not commit it")
+            orphan = state.orphaned[-1]
+            orphan.abandon(f"{request} begins, which must not commit it")
+            with suppress(ValueError):
+                state.orphaned.remove(orphan)  # after it: what an exception stops, the next request does again
         return None
 
     def _serve_inner(

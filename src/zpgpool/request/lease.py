@@ -19,6 +19,7 @@ from ..core import Work
 from ..errors import PoolClosed
 from ..errors import PoolError
 from ..interfaces import IPoolManagement
+from .shared import Orphan
 from .shared import SharedCheckout
 from .shared import Transaction
 
@@ -49,7 +50,7 @@ class ThreadState:
 
     def __init__(self) -> None:
         self.leases: dict[int, Lease] = {}
-        self.orphaned: list[Transaction] = []
+        self.orphaned: list[Orphan] = []
 
 
 class ThreadLocal(threading.local):
@@ -224,7 +225,7 @@ class Lease(Work):
         conn = self.shared_connection()
         if self._shared is None:
             conn = self.connection() if conn is None else conn
-            self._shared = SharedCheckout(self.pool.checkout(conn), self)
+            self._shared = self._check_out(conn)
             self._hand_over()
         if self._shared.transaction is not None:
             return None
@@ -235,6 +236,15 @@ class Lease(Work):
         self._shared.add(transaction)
         self._is_shared_in_body = self.is_streaming
         return self._shared
+
+    def _check_out(self, conn: Connection) -> SharedCheckout:
+        checkout = self.pool.checkout(conn)
+        try:
+            return SharedCheckout(checkout, self)
+        except BaseException:  # the traceback, which somebody may keep, has the checkout
+            self._hand_over()
+            checkout.putconn(close=True)  # the application may know the connection
+            raise
 
     def _hand_over(self) -> None:
         """Forget the connection: the checkout has it."""
@@ -317,9 +327,9 @@ class Lease(Work):
         transaction = shared.transaction
         if transaction is not None:
             if self._is_shared_in_body:
-                transaction.abandon(f"{self} has ended, and this was begun in its body")
+                Orphan(transaction, shared).abandon(f"{self} has ended, and this was begun in its body")
             else:
-                self.home.orphaned.append(transaction)
+                self.home.orphaned.append(Orphan(transaction, shared))
                 # By the pyramid_tm of an application that has called this one it ends soon.
                 log.log(
                     logging.DEBUG if "tm.active" in self.environ else logging.WARNING,
@@ -328,8 +338,8 @@ class Lease(Work):
                     self,
                     transaction,
                 )
-        self._shared = None
         shared.let_go(self)
+        self._shared = None  # after it: what an exception stops is done again
 
 
 def note_commit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Protocol
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class Transaction(Protocol):
 class SharedCheckout:
     """A checkout with owners, the request and its transaction: the last one that lets go of it returns it."""
 
-    __slots__ = ("_checkout", "_owners", "transaction")
+    __slots__ = ("__weakref__", "_checkout", "_owners", "transaction")
 
     def __init__(self, checkout: Checkout, *owners: object) -> None:
         self._checkout = checkout
@@ -49,3 +50,19 @@ class SharedCheckout:
         """Add the transaction to the owners."""
         self._owners.append(transaction)
         self.transaction = transaction
+
+
+class Orphan:
+    """A transaction that has outlived its request with the request's connection."""
+
+    def __init__(self, transaction: Transaction, shared: SharedCheckout) -> None:
+        self._transaction = transaction
+        # Weakly: once it was returned, the connection is its next user's, who may lose it.
+        self._shared = weakref.ref(shared)
+
+    def abandon(self, why: str) -> None:
+        """Abort it, and return the connection: an exception may have come before the one, or between the two."""
+        self._transaction.abandon(why)
+        shared = self._shared()
+        if shared is not None:
+            shared.let_go(self._transaction)
