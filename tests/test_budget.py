@@ -114,7 +114,8 @@ def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatc
         pool.putconn(pool.getconn())
     from time import monotonic
 
-    monkeypatch.setattr("zpgpool.core.pools.monotonic", monotonic)
+    for module in ("persistent", "keyed"):
+        monkeypatch.setattr(f"zpgpool.core.{module}.monotonic", monotonic)
     conns: list[Any] = []
     for entry in pool._connections.handoff.slots:
         entry.look_at = -math.inf if rest else math.inf  # with, and without, the look at the socket

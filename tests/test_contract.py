@@ -18,7 +18,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from psycopg2.extras import DictCursor
 
 import zpgpool
-import zpgpool.core.pools
+import zpgpool.core.keyed
 from conftest import Call
 from conftest import eventually
 from conftest import in_thread
@@ -778,8 +778,8 @@ class TestDecisions:
 
 def shift_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the pools' clock, not the real one, go on by `seconds`."""
-    now = vars(zpgpool.core.pools)["monotonic"]
-    for module in ("base", "pools", "connections", "idle", "opener"):
+    now = vars(zpgpool.core.keyed)["monotonic"]
+    for module in ("base", "persistent", "keyed", "connections", "idle", "opener"):
         monkeypatch.setattr(f"zpgpool.core.{module}.monotonic", lambda: now() + seconds)
 
 

@@ -224,8 +224,16 @@ def test_a_search_that_the_garbage_collector_breaks_in_upon(make_pool: MakePool)
         gc.set_threshold(*before)
         for key in [key for key, entry in pool._used.copy().items() if entry is other]:
             del pool._used[key]
-        gc.collect()
-        pool._reap()  # or its socket is left to a later test's collection
+
+
+def test_what_was_lost_is_closed_with_the_pool(make_pool: MakePool, outside: Outside) -> None:
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 4, idle_timeout=60)
+    pool._timer = None
+    pool.getconn()  # and lost at once
+    [entry] = pool._lost
+    pool.closeall()
+    eventually(lambda: entry.sock.fileno() == -1)
+    eventually(lambda: not outside.backends())
 
 
 def test_a_line_that_everybody_has_left(pool: Any) -> None:
@@ -337,7 +345,7 @@ class TestAKeyThatIsNew:
     def test_who_was_stopped_half_way_is_not_waited_for_for_ever(
         self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("zpgpool.core.pools.PING", 0.01)
+        monkeypatch.setattr("zpgpool.core.keyed.PING", 0.01)
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1)
         pool._comers["key"] = Gate()  # its thread got an exception before it could tell
         conn = pool.getconn("key")

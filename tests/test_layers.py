@@ -65,7 +65,7 @@ ORDER = {
             "connections",
             "transactions",
         ],
-        *["timer", "watchdog", "users", "management", "base", "pools", "lag"],
+        *["timer", "watchdog", "users", "management", "base", "persistent", "keyed", "lag"],
     ],
     "request": ["keys", "response", "shared", "lease", "kinds", "replica", "failures", "body", "disconnects"],
     "monitor": [

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
-from contextlib import suppress
 from os import getpid
 from time import monotonic
 from typing import cast
@@ -201,12 +200,8 @@ class PoolMiddleware:
                 why = "its body was not closed" if is_open else "its end was interrupted"
                 log.warning("%s: %s before the thread's next request; ended now", lease, why)
                 lease.end()
-        while state.orphaned:
-            request = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
-            orphan = state.orphaned[-1]
-            orphan.abandon(f"{request} begins, which must not commit it")
-            with suppress(ValueError):
-                state.orphaned.remove(orphan)  # after it: what an exception stops, the next request does again
+        request = f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')}"
+        state.abandon_orphans(f"{request} begins, which must not commit it")
         return None
 
     def _serve_inner(

@@ -5,6 +5,8 @@ It imports only the interfaces, settings, errors, events and connection strings.
 
 from .base import AbstractConnectionPool
 from .entry import BROKEN
+from .keyed import SimpleConnectionPool
+from .keyed import ThreadedConnectionPool
 from .lag import Lag
 from .lag import lag_of
 from .lag import NOT_YET
@@ -16,9 +18,7 @@ from .owners import refuse_greenlets
 from .owners import task
 from .owners import tasks
 from .owners import Work
-from .pools import PersistentConnectionPool
-from .pools import SimpleConnectionPool
-from .pools import ThreadedConnectionPool
+from .persistent import PersistentConnectionPool
 from .probe import NoAnswer
 from .probe import query
 from .session import is_at_end

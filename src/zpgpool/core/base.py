@@ -259,6 +259,7 @@ class AbstractConnectionPool(ManagedPool):
         self._watch_at = NEVER_YET
         connections.handoff.close()
         connections.discard_parked("the pool is closed")
+        self._reap()  # what was lost stands in no table
         deadline = monotonic() + timeout
         while not connections.handoff.is_empty.wait(max(0.0, min(LOOK_AGAIN, deadline - monotonic()))):
             if monotonic() >= deadline:

@@ -18,9 +18,9 @@ import psycopg2
 from ..errors import PoolClosed
 from ..errors import SettingError
 from ..interfaces import IPoolInternals
+from .keyed import SimpleConnectionPool
 from .outage import diagnose
 from .outage import Diagnosis
-from .pools import SimpleConnectionPool
 from .probe import ask_why
 from .probe import NoAnswer
 from .probe import query

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from contextlib import suppress
 from threading import get_ident
 from types import FrameType
 from types import MappingProxyType
@@ -51,6 +52,14 @@ class ThreadState:
     def __init__(self) -> None:
         self.leases: dict[int, Lease] = {}
         self.orphaned: list[Orphan] = []
+
+    def abandon_orphans(self, why: str) -> None:
+        """Abort the transactions that outlived their requests."""
+        while self.orphaned:
+            orphan = self.orphaned[-1]
+            orphan.abandon(why)
+            with suppress(ValueError):
+                self.orphaned.remove(orphan)  # after it: what an exception stops, the next request does again
 
 
 class ThreadLocal(threading.local):
