@@ -49,9 +49,16 @@ def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "autocommit", "most"),
-    [("persistent", None, 12), ("persistent", True, 11), ("threaded", None, 18), ("threaded", True, 17)],
+    [
+        ("persistent", None, 12),
+        ("persistent", True, 11),
+        ("persistent", "safe", 37),
+        ("threaded", None, 18),
+        ("threaded", True, 17),
+        ("threaded", "safe", 43),
+    ],
 )
-def test_a_warm_request(make_pool: Any, kind: str, autocommit: bool | None, most: int) -> None:
+def test_a_warm_request(make_pool: Any, kind: str, autocommit: Any, most: int) -> None:
     pool = make_pool(KINDS[kind], 1, 4, idle_timeout=60, autocommit=autocommit)
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
