@@ -147,8 +147,8 @@ class Workers:
                 task = self._tasks.get(timeout=IDLE)
             except Empty:
                 with self._lock:
-                    # Leave first, then look: whoever puts a task after the look sees that this one is gone. The other
-                    # way round it would count on this one, and nobody would do the task.
+                    # Leave first, then look: a thread that puts a task after the look sees that this one is gone. The
+                    # other way round it would count on this one, and nobody would do the task.
                     self._threads.discard(me)
                     self._idle -= 1
                     if self._tasks.empty():
