@@ -8,6 +8,7 @@ import math
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -32,6 +33,7 @@ from conftest import eventually
 from conftest import in_thread
 from conftest import Outside
 from conftest import run
+from zpgpool.core.entry import Descriptor
 from zpgpool.core.handoff import CLOSING
 from zpgpool.core.handoff import Handoff
 from zpgpool.core.handoff import OPEN
@@ -224,6 +226,14 @@ def test_a_search_that_the_garbage_collector_breaks_in_upon(make_pool: MakePool)
         gc.set_threshold(*before)
         for key in [key for key, entry in pool._used.copy().items() if entry is other]:
             del pool._used[key]
+
+
+def test_the_socket_of_a_lost_entry_closes_itself() -> None:
+    """A warning is an error here."""
+    ours, peer = socket.socketpair()
+    with peer:
+        Descriptor(fileno=ours.detach())
+        assert peer.recv(1) == b""
 
 
 def test_what_was_lost_is_closed_with_the_pool(make_pool: MakePool, outside: Outside) -> None:

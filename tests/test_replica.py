@@ -468,7 +468,7 @@ def test_a_replica_that_stops_fails_no_request(make_main: Any, level: Pair, kind
             eventually(lambda: len(answers) > seen + 100)
             level.standby.launch()
             if hosts == "standby":
-                eventually(lambda: answers[-1:] == [(200, "standby")])
+                eventually(lambda: answers[-1:] == [(200, "standby")], 60)
         finally:
             is_over.set()
             for client in clients:
@@ -1138,7 +1138,7 @@ def test_a_server_that_is_no_standby_is_left_out(
     assert (main.get_stats()["connections_num"], replica.get_stats()["connections_num"]) == (1, 0)
     replica.putconn(replica.getconn())
     level.standby.launch()
-    eventually(lambda: not known.why_not(None, 0.0), 20)
+    eventually(lambda: not known.why_not(None, 0.0), 60)  # it asks for the log every 5 s, until it is given
     eventually(lambda: site().get("/").text == "standby", 20)
     known.trouble = lag.NO_STANDBY
     known.look()

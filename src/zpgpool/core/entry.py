@@ -82,6 +82,13 @@ class Owner(Protocol):
         """Whether it can put the connection away still."""
 
 
+class Descriptor(socket.socket):
+    """A socket that closes itself: in a cycle the collector may come to it before its entry, and would warn."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Entry(Slot):
     """A slot with its connection."""
 
@@ -166,7 +173,7 @@ class Entry(Slot):
 
     def attach(self, conn: Connection, ref: weakref.ref[Connection]) -> None:
         """Take a new connection."""
-        sock = socket.socket(fileno=os.dup(conn.fileno()))  # first: without a descriptor left, nothing has begun
+        sock = Descriptor(fileno=os.dup(conn.fileno()))  # first: without a descriptor left, nothing has begun
         self.look = make_look(sock)
         hash(ref)  # now or never: a dead reference has no hash, unless it was asked before
         self.conn, self.ref, self.pid, self.sock = conn, ref, os.getpid(), sock
