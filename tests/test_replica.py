@@ -761,22 +761,33 @@ def test_sessions_of_a_replicas_pool_are_read_only_whatever_they_find(
                     run(conn, "INSERT INTO notes (text) VALUES ('x')")
 
 
-SESSIONS = [
-    {"readonly": True, "autocommit": True},
-    {"readonly": "DEFAULT", "autocommit": True},
-    {"readonly": False},
-    {"readonly": True},
+def toggle(conn: Any) -> None:
+    for at_once in (True, False, True, False):
+        conn.autocommit = at_once
+
+
+USES = [
+    lambda conn: conn.set_session(readonly=True, autocommit=True),
+    lambda conn: conn.set_session(readonly="DEFAULT", autocommit=True),
+    lambda conn: conn.set_session(readonly=False),
+    lambda conn: conn.set_session(readonly=True),
+    lambda conn: run(conn, "SET default_transaction_read_only = off; COMMIT"),
+    lambda conn: run(conn, "RESET ALL; COMMIT"),
+    lambda conn: run(conn, "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE; COMMIT"),
+    toggle,
 ]
 
 
 @pytest.mark.parametrize("autocommit", [None, True, "safe"])
-@pytest.mark.parametrize("session", SESSIONS)
-def test_a_session_that_only_reads_does_so_after_any_use(dsn: str, session: Any, autocommit: Any) -> None:
-    """psycopg2 sets the server's own setting, and sets it to its default when it leaves autocommit."""
-    with zpgpool.PersistentConnectionPool(1, 1, dsn, autocommit=autocommit, readonly=True, idle_timeout=60) as pool:
+@pytest.mark.parametrize("hook", [None, "configure", "check", "reset"])
+@pytest.mark.parametrize("use", USES)
+def test_a_session_that_only_reads_does_so_after_any_use(dsn: str, use: Any, hook: Any, autocommit: Any) -> None:
+    """psycopg2 sets the server's own setting, too, and sets it to its default when it leaves autocommit."""
+    hooks = {hook: toggle} if hook is not None and autocommit is not True else {}
+    options = {"autocommit": autocommit, "readonly": True, "idle_timeout": 60, "check_idle": 0, **hooks}
+    with zpgpool.PersistentConnectionPool(1, 1, dsn, **options) as pool:
         with pool.connection() as conn:
-            conn.set_session(**session)
-            run(conn, "SELECT 1")
+            use(conn)
         for at_once in (False, True):
             with pool.connection() as conn:
                 conn.autocommit = at_once

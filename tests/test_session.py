@@ -91,7 +91,9 @@ def test_work_does_not_touch(make_pool: MakePool) -> None:
 
 @pytest.mark.parametrize("how", ["set_session", "autocommit"])
 def test_a_class_of_the_users_own_is_kept(make_pool: MakePool, how: str) -> None:
-    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 1, connection_factory=Counting, readonly=True)
+    pool = make_pool(
+        zpgpool.PersistentConnectionPool, 1, 1, connection_factory=Counting, isolation_level="SERIALIZABLE"
+    )
     with pool.connection() as conn:
         assert isinstance(conn, Counting)
         assert (type(conn).__name__, type(conn).__doc__) == ("Counting", Counting.__doc__)

@@ -1713,15 +1713,19 @@ def test_an_inner_call_leaves_the_connection_in_environ_as_it_was(make_pool: Mak
         start_response("200 OK", [])
         return []
 
-    inner = PoolMiddleware(show, outer, eager=True)
+    def stream(environ: Any, start_response: Any) -> Iterator[bytes]:
+        yield from show(environ, start_response)
+        yield b""
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         show(environ, lambda *args: print)
-        inner(environ, lambda *args: print)
+        PoolMiddleware(show, outer, eager=True)(environ, lambda *args: print)
+        show(environ, lambda *args: print)
+        list(PoolMiddleware(stream, outer, eager=True)(environ, lambda *args: print))
         return show(environ, start_response)
 
     serve(PoolMiddleware(PoolMiddleware(app, middle, eager=True), outer, eager=True))
-    assert shown == ["middle", "outer", "middle"]
+    assert shown == ["middle", "outer", "middle", "outer", "middle"]
 
 
 @pytest.mark.parametrize("ends", ["iterated", "closed"])

@@ -13,6 +13,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_INERROR
 from zope.interface.registry import Components
 
 from .core import commit
+from .core import only_reads
 from .errors import PoolTimeout
 from .errors import TooManyRequests
 from .registry import get_pool
@@ -187,7 +188,7 @@ def _commit(pool: Pool, conn: Connection) -> None:
             "a statement of this request has failed, and was not rolled back to a savepoint: nothing can be committed"
         )
     commit(pool, conn)
-    if not conn.readonly:
+    if not only_reads(conn):
         note_commit()
 
 

@@ -21,6 +21,7 @@ from zope.interface import implementer
 
 from .core import commit
 from .core import LOST
+from .core import only_reads
 from .errors import PoolError
 from .request import current_lease
 from .request import join_body
@@ -217,7 +218,7 @@ class DataManager:
         try:
             # PostgreSQL answers a COMMIT here with ROLLBACK, a PREPARE TRANSACTION, too, and psycopg2 says nothing.
             if conn is None or self.failure or conn.get_transaction_status() == TRANSACTION_STATUS_INERROR:
-                if conn is None or not conn.readonly:
+                if conn is None or not only_reads(conn):
                     raise self.failure or self._failed_statement()
                 return  # it could write nothing: nothing of it is lost
             self._vote(conn)

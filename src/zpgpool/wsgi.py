@@ -51,6 +51,7 @@ from .request import make_unavailable
 from .request import may_write
 from .request import ReplicaLease
 from .request import reveal
+from .request import swapped
 from .request import ThreadLease
 from .request import with_write_cookie
 
@@ -207,16 +208,13 @@ class PoolMiddleware:
     def _serve_inner(
         self, environ: WSGIEnvironment, start_response: StartResponse, outer: Lease, before: object
     ) -> Iterable[bytes]:
-        was = {key: environ[key] for key in (self._key, "zpgpool.connection") if key in environ}
-        environ[self._key] = outer
+        own: dict[str, object] = {self._key: outer}
         if self.eager:
-            environ["zpgpool.connection"] = outer.connection()
-        try:
+            own["zpgpool.connection"] = outer.connection()
+        with swapped(environ, own):
             body = self.app(environ, start_response)
-        finally:
-            environ.update(was)
         is_plain = before is None or before is outer or is_complete(body, environ)
-        return body if is_plain else InnerBody(body, environ, self._key, outer)
+        return body if is_plain else InnerBody(body, environ, own)
 
     def _serve(
         self,

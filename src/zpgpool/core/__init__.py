@@ -23,6 +23,7 @@ from .probe import NoAnswer
 from .probe import query
 from .session import is_at_end
 from .session import is_demoted
+from .session import only_reads
 from .session import PLAIN
 from .timer import MaintenanceTimer
 from .timer import timer
@@ -51,6 +52,7 @@ __all__ = [
     "is_temporary",
     "lag_of",
     "may_succeed",
+    "only_reads",
     "query",
     "refuse_greenlets",
     "task",

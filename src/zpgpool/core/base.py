@@ -153,7 +153,12 @@ class AbstractConnectionPool(ManagedPool):
         self.settings = settings
         self._connections.apply(settings)
         #: Whether each return goes the long way: to be reset, compared, or told of.
-        self._is_long = settings.reset is not None or bool(self._notifier.observers) or self._has_unwatched
+        self._is_long = (
+            settings.reset is not None
+            or settings.refuses_writes
+            or bool(self._notifier.observers)
+            or self._has_unwatched
+        )
         #: From when on each return looks for more than waiters (monotonic seconds): see `_after_return`.
         self._watch_at = NEVER_YET if settings.idle_timeout == 0 or not self._in_background else NEVER
         #: A connection that rested for longer is judged before it is handed out, in seconds.

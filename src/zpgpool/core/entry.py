@@ -29,9 +29,9 @@ from .handoff import Slot
 from .handoff import Ticket
 from .libpq import CancelHandle
 from .readable import make_look
+from .session import does_refuse_writes
 from .session import forget_messages
 from .session import is_touched
-from .session import may_write
 from .session import restore
 from .session import roll_back
 from .session import session_of
@@ -110,6 +110,7 @@ class Entry(Slot):
         "patience",
         "pid",
         "ref",
+        "refuses_writes",
         "reported",
         "sharers",
         "since",
@@ -153,6 +154,8 @@ class Entry(Slot):
     look_at: float
     #: The session as configured; what `is_clean` compares with.
     baseline: tuple[object, ...]
+    #: Whether the server refuses writes, and shall do so for every user.
+    refuses_writes: bool
     #: The connection's socket, by a descriptor of ours: whatever has closed the connection, this tells when the server
     #: has hung up, and can be looked at and cut without a fear that its number belongs to another socket by now.
     sock: socket.socket
@@ -185,8 +188,11 @@ class Entry(Slot):
         """Whether there is a connection."""
         return hasattr(self, "sock")
 
-    def begin(self, now: float, seconds: float) -> None:
-        """Remember the session as it is now: set up as every user shall find it. To connect has taken `seconds`."""
+    def begin(self, now: float, seconds: float, refuses_writes: bool) -> None:
+        """Remember the session as it is now: set up as every user shall find it. To connect has taken `seconds`.
+
+        refuses_writes -- whether the server was asked to refuse writes; not all do so, and tell.
+        """
         self.since = now
         self.is_new = True
         self.expires = NEVER
@@ -196,6 +202,7 @@ class Entry(Slot):
         forget_messages(self.conn)
         untouch(self.conn)
         self.baseline = session_of(self.conn)
+        self.refuses_writes = refuses_writes and does_refuse_writes(self.conn)
         self.is_standby = self.conn.get_parameter_status("in_hot_standby") == "on"
 
     def expire_now(self) -> None:
@@ -204,7 +211,9 @@ class Entry(Slot):
 
     def is_clean(self) -> bool:
         """Whether the session is as configured, outside of any transaction: known locally, without a round trip."""
-        return not self.conn.get_transaction_status() and session_of(self.conn) == self.baseline
+        conn = self.conn
+        is_as_before = not conn.get_transaction_status() and session_of(conn) == self.baseline
+        return is_as_before and (not self.refuses_writes or does_refuse_writes(conn))
 
     def reset(self, settings: PoolSettings, extra: Reset = None) -> str:
         """Bring the session back to its baseline; return why that cannot be, and the connection must go, if so.
@@ -227,14 +236,13 @@ class Entry(Slot):
             if extra == "discard":
                 conn.reset()
                 set_up(conn, settings)
-            if is_touched(conn):
+            if is_touched(conn) or self.refuses_writes:  # that may have been undone in SQL
                 forget_messages(conn)
-                refuses = settings.refuses_writes
-                if session_of(conn) != self.baseline or (refuses and may_write(conn)):
-                    restore(conn, self.baseline, refuses)
+                if not self.is_clean():
+                    restore(conn, self.baseline, self.refuses_writes)
             if callable(extra):
                 extra(conn)
-            if is_touched(conn):
+            if is_touched(conn) or self.refuses_writes:
                 untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
                 is_clean = self.is_clean()
             else:

@@ -173,7 +173,7 @@ class Opener:
             if self.settings.twophase and not self._may_prepare:
                 check_two_phase(conn, str(self._notifier))
                 self._may_prepare = True
-            entry.begin(monotonic(), monotonic() - begun)
+            entry.begin(monotonic(), monotonic() - begun, self.settings.refuses_writes)
             if (self.backoff.is_doubted or self.backoff.outage_seconds is not None) and not entry.ping(PATIENCE):
                 raise psycopg2.OperationalError("it lets us connect, but does not answer")
             check = self.settings.check

@@ -6,7 +6,6 @@ Knows nothing of pools.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -19,13 +18,23 @@ from ..errors import PoolError
 from ..settings import PoolSettings
 
 
-#: What a transaction, and a user's own settings, change.
-session_of: Callable[[Connection], tuple[object, ...]] = attrgetter(
-    "status", "autocommit", "isolation_level", "readonly", "deferrable", "encoding", "cursor_factory"
-)
+#: psycopg2's own attribute; that of a watched connection says what the server does, too.
+_OWN: Any = vars(Connection)["readonly"]
+
+_attributes = attrgetter("status", "autocommit", "encoding", "cursor_factory", "isolation_level", "deferrable")
+
+
+def session_of(conn: Connection) -> tuple[object, ...]:
+    """Return what a transaction, and a user's own settings, change."""
+    return *_attributes(conn), _OWN.__get__(conn)
+
 
 #: The settings that `set_session()` takes; None leaves psycopg2's own.
 SESSION = ("isolation_level", "readonly", "autocommit")
+
+
+#: The attributes of ours that a watched connection has.
+_SLOTS = ("is_touched", "refuses_writes")
 
 
 class Watched(Connection):
@@ -39,6 +48,19 @@ class Watched(Connection):
     __slots__ = ()
 
     is_touched: bool
+
+    #: Whether the server was asked to refuse writes, in place of psycopg2: see `refuse_writes`.
+    refuses_writes: bool
+
+    @property
+    def readonly(self) -> bool | None:
+        """Whether transactions only read, as psycopg2 says it: None is the server's default."""
+        own: bool | None = _OWN.__get__(self)
+        return True if own is None and getattr(self, "refuses_writes", False) else own
+
+    @readonly.setter
+    def readonly(self, value: object) -> None:
+        _OWN.__set__(self, value)
 
     def __setattr__(self, name: str, value: object) -> None:
         with Noted(self):
@@ -86,12 +108,12 @@ def mark(conn: Connection, is_touched: bool) -> None:
 
 
 def _watch(factory: Any) -> Any:  # a class, of whatever metaclass
-    names = {"__slots__": ("is_touched",), "__module__": factory.__module__, "__doc__": factory.__doc__}
+    names = {"__slots__": _SLOTS, "__module__": factory.__module__, "__doc__": factory.__doc__}
     return type(factory)(factory.__name__, (factory, Watched), names)
 
 
 #: What psycopg2's own class becomes.
-PLAIN: Any = type("connection", (Watched,), {"__slots__": ("is_touched",), "__module__": Connection.__module__})
+PLAIN: Any = type("connection", (Watched,), {"__slots__": _SLOTS, "__module__": Connection.__module__})
 
 
 def watched(factory: Any) -> Any:  # whatever psycopg2 takes: a class, or a function
@@ -170,8 +192,9 @@ def set_up(conn: Connection, settings: PoolSettings) -> None:
     session = {name: getattr(settings, name) for name in SESSION}
     if session["autocommit"] == "safe":
         session["autocommit"] = None  # until a request of a safe method has it
-    if settings.refuses_writes and refuse_writes(conn) and settings.autocommit == "safe":
-        session["readonly"] = None  # psycopg2 would set the server's back, at the cost of a round trip, after each
+    if settings.refuses_writes and isinstance(conn, Watched) and refuse_writes(conn):
+        Connection.__setattr__(conn, "refuses_writes", True)
+        session["readonly"] = None  # or psycopg2 sets the server's own back, each time when it leaves autocommit
     if any(value is not None for value in session.values()):
         conn.set_session(**session)
     if settings.configure is not None:
@@ -186,20 +209,25 @@ def refuse_writes(conn: Connection) -> bool:
     psycopg2's own `readonly` goes with the BEGIN that it sends, and it sends none with autocommit. Behind a pooler,
     whose sessions have other numbers, nothing is changed: the session may be another client's next.
     """
-    conn.autocommit = True
+    autocommit, conn.autocommit = conn.autocommit, True
     with conn.cursor(cursor_factory=cursor) as curs:
         curs.execute(
             "SELECT set_config('default_transaction_read_only', 'on', false) WHERE pg_backend_pid() = %s",
             (conn.get_backend_pid(),),
         )
         refuses = bool(curs.rowcount)
-    conn.autocommit = False
+    conn.autocommit = autocommit
     return refuses
 
 
-def may_write(conn: Connection) -> bool:
-    """Whether the server may take writes by default, as PostgreSQL >= 14 reports by itself."""
-    return conn.get_parameter_status("default_transaction_read_only") != "on"
+def does_refuse_writes(conn: Connection) -> bool:
+    """Whether the server refuses writes by default, as PostgreSQL >= 14 reports by itself."""
+    return not conn.closed and conn.get_parameter_status("default_transaction_read_only") == "on"
+
+
+def only_reads(conn: Connection) -> bool:
+    """Whether transactions are read-only by default: psycopg2's setting, or the server's."""
+    return bool(_OWN.__get__(conn)) or does_refuse_writes(conn)
 
 
 def is_demoted(conn: Connection) -> bool:
@@ -225,22 +253,24 @@ def is_demoted(conn: Connection) -> bool:
 def restore(conn: Any, baseline: tuple[object, ...], refuses_writes: bool) -> None:
     """Bring the settings back to `baseline`. Takes a round trip where the encoding was changed.
 
-    refuses_writes -- whether the server shall refuse writes again, which psycopg2 undoes when it leaves autocommit.
+    refuses_writes -- whether the server shall refuse writes, by `refuse_writes`: where it does not, another round trip.
     """
-    _, autocommit, isolation_level, readonly, deferrable, encoding, cursor_factory = baseline
+    _, autocommit, encoding, cursor_factory, isolation_level, deferrable, readonly = baseline
     if conn.cursor_factory is not cursor_factory:
         conn.cursor_factory = cursor_factory
-    is_kept = conn.encoding == encoding and not (refuses_writes and may_write(conn))
-    if is_kept and session_of(conn)[2:5] == baseline[2:5] == (None, None, None):
+    is_kept = conn.encoding == encoding and (not refuses_writes or does_refuse_writes(conn))
+    if is_kept and session_of(conn)[4:] == baseline[4:] == (None, None, None):
         conn.autocommit = autocommit  # after each request with `autocommit = safe`: what follows takes 18 µs more
         return
     conn.autocommit = False
     conn.isolation_level = conn.readonly = conn.deferrable = None
-    if refuses_writes and may_write(conn):
+    if refuses_writes and not does_refuse_writes(conn):
         refuse_writes(conn)
     conn.autocommit = autocommit
-    # After it: what is set before, psycopg2 forgets with autocommit.
-    conn.isolation_level, conn.readonly, conn.deferrable = isolation_level, readonly, deferrable
+    # After it: what is set before, psycopg2 forgets with autocommit. Not None: for that it sets the server's default.
+    for name, value in (("isolation_level", isolation_level), ("readonly", readonly), ("deferrable", deferrable)):
+        if value is not None:
+            setattr(conn, name, value)
     if conn.encoding != encoding:
         conn.set_client_encoding(encoding)
 

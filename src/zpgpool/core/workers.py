@@ -114,19 +114,19 @@ class Workers:
         if self._process != os.getpid():  # forked by C code, which does not call Python's hooks
             self._forget()
         self._tasks.put(task)
-        self._see_to_threads()
+        if not self._see_to_threads():
+            with suppress(Empty):
+                while True:
+                    self._do(self._tasks.get_nowait())
 
-    def _see_to_threads(self) -> None:
-        """Start a thread if there are more tasks than threads for them.
+    def _see_to_threads(self) -> bool:
+        """Start a thread if there are more tasks than threads for them; return whether that was possible.
 
         Asked after a task was put, and after a thread is no longer idle: without a lock, either of the two sees the
         other. One thread too many, started by two at a time, ends at once.
         """
-        if len(self._threads) < self._most and self._tasks.qsize() > self._idle:
-            if not start(self._work, self._name):
-                with suppress(Empty):
-                    while True:
-                        self._do(self._tasks.get_nowait())
+        is_short = len(self._threads) < self._most and self._tasks.qsize() > self._idle
+        return not is_short or start(self._work, self._name)
 
     def try_run(self, task: Task) -> bool:
         """Have `task` done now, unless all threads are busy; return whether it will be."""

@@ -29,7 +29,7 @@ STOP = 4.0
 
 #: How long the name of the folder may be in which that of the sockets is made: the path of a socket has at most 103
 #: bytes, on macOS.
-LONGEST = 103 - len("/zpgpool-12345678/.s.PGSQL.65535.lock")
+LONGEST = 103 - len("/zpgpool-12345678/.s.PGSQL.65535")
 
 #: As root the server runs as this user: PostgreSQL refuses root.
 SERVANT = "nobody"

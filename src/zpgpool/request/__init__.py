@@ -7,6 +7,7 @@ from .body import begin_body
 from .body import InnerBody
 from .body import is_complete
 from .body import join_body
+from .body import swapped
 from .disconnects import Disconnects
 from .failures import close_body
 from .failures import has_left_primary
@@ -65,5 +66,6 @@ __all__ = [
     "note_commit",
     "report",
     "reveal",
+    "swapped",
     "with_write_cookie",
 ]

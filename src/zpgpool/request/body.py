@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 from typing import TypeVar
@@ -116,16 +118,15 @@ class Body:
 
 
 class InnerBody:
-    """The body of a filter within another one's request: with that one's lease in `environ`, as its call had it.
+    """The body of a filter within another one's request, which finds in `environ` what its call has found there.
 
     In between another filter of that name has its own there, with another pool.
     """
 
-    def __init__(self, body: Iterable[bytes], environ: WSGIEnvironment, key: str, lease: Lease) -> None:
+    def __init__(self, body: Iterable[bytes], environ: WSGIEnvironment, own: Mapping[str, object]) -> None:
         self._body = body
         self._environ = environ
-        self._key = key
-        self._lease = lease
+        self._own = own
         self._iterator: Iterator[bytes] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
@@ -141,12 +142,19 @@ class InnerBody:
         self._run(lambda: close_body(self._body))
 
     def _run(self, function: Callable[[], T]) -> T:
-        known, self._environ[self._key] = self._environ.get(self._key), self._lease
-        try:
+        with swapped(self._environ, self._own):
             return function()
-        finally:
-            if known is not None:
-                self._environ[self._key] = known
+
+
+@contextmanager
+def swapped(environ: WSGIEnvironment, own: Mapping[str, object]) -> Iterator[None]:
+    """Return a context manager that puts `own` into `environ`, and in the end what it has found in its place there."""
+    was = {key: environ[key] for key in own if key in environ}
+    environ.update(own)
+    try:
+        yield
+    finally:
+        environ.update(was)
 
 
 class SizedBody(Body):
