@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -281,7 +282,8 @@ def test_a_site_that_is_among_its_own_peers_counts_once(
         monkeypatch.setenv("COLUMNS", "250")
         assert main(["top", url, url.replace("127.0.0.1", "localhost"), "--once"]) == 0
         text = capsys.readouterr().out
-        assert "1 in use, 0 idle: 1 open of 8 at most" in text
+        # A second connection may be open: a first connect that takes more than a second has company.
+        assert re.search(r"1 in use, [01] idle: [12] open of 8 at most", text), text
         assert text.count("GET /hold") == 1
         site.stop()
         with suppress(Exception):

@@ -153,13 +153,16 @@ class Checkout:
     def __init__(self, conn: Connection, put: Callable[[bool], object], life: LifeToken | None = None) -> None:
         self.conn = conn
         self._life = life
-        self._puts = [put]
+        self._put: Callable[[bool], object] | None = put
 
     def putconn(self, close: bool = False) -> None:
         """See `ICheckout`."""
-        # One of two threads, maybe: popping is the claim. And a pool that was closed has closed the connection, too.
-        with suppress(IndexError, PoolClosed):
-            self._puts.pop()(close)
+        # The pool knows whether it is still held. After it: what an exception stops is done again. And a pool that was
+        # closed has closed the connection, too.
+        if (put := self._put) is not None:
+            with suppress(PoolClosed):
+                put(close)
+            self._put = None
 
 
 # Reports --------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class PersistentConnectionPool(AbstractConnectionPool):
             if not entry.has_checkout:  # else: by a transaction, which puts it away
                 self.putconn_of(owner, close)
             return
+        if owner.entry is not entry:
+            return  # another thread has just ended the checkout, and returned it: see `_end_checkout`
         owner.entry = None
         self._give_back(owner, entry, close)
 
@@ -89,30 +91,31 @@ class PersistentConnectionPool(AbstractConnectionPool):
 
     def checkout(self, conn: Connection | None = None) -> Checkout:
         """See `IConnectionPool`."""
-        home, life = self.here.owner, LifeToken()
-        if conn is None:
-            entry = self._obtain(self._parked.pop(home, None))
-            home.uses += 1
-            entry.checkout = weakref.ref(life)
-        else:
-            home, entry = self._find_user(home, conn, life)
-        user = CheckoutOwner(life)
+        home, user, entry = self.here.owner, CheckoutOwner(life := LifeToken()), None
         try:
+            if conn is None:
+                entry = self._obtain(self._parked.pop(home, None))
+                home.uses += 1
+                entry.checkout = weakref.ref(life)
+            else:
+                with self._connections.lock:
+                    home, entry = self._find_user(home, conn)
+                    entry.checkout = weakref.ref(life)
             user.entry = entry
             self._owners.add(user)
             return Checkout(entry.conn, partial(self._end_checkout, user, home), life)
-        except BaseException:
-            user.entry = entry.checkout = None  # the traceback, which somebody may keep, has the token of its life
+        except BaseException:  # the traceback, which somebody may keep, has the token of its life
+            user.entry = None
+            if entry is not None:
+                entry.checkout = None
             raise
 
-    def _find_user(self, here: ThreadOwner, conn: Connection, life: LifeToken) -> tuple[ThreadOwner, Entry]:
-        """Return the thread that has `conn`, and may go on with it as long as the checkout lasts."""
-        with self._connections.lock:
-            for owner in [here, *self._owners]:
-                entry = owner.entry
-                if entry is not None and entry.conn is conn and not entry.has_checkout and self._reclaim(entry):
-                    entry.checkout = weakref.ref(life)
-                    return owner, entry
+    def _find_user(self, here: ThreadOwner, conn: Connection) -> tuple[ThreadOwner, Entry]:
+        """Return the thread that has `conn`, and may go on with it as long as the checkout lasts. Under the lock."""
+        for owner in [here, *self._owners]:
+            entry = owner.entry
+            if entry is not None and entry.conn is conn and not entry.has_checkout and self._reclaim(entry):
+                return owner, entry
         return self._refuse("the connection is not in use, or checked out already")
 
     def _reclaim(self, entry: Entry) -> bool:
@@ -130,11 +133,14 @@ class PersistentConnectionPool(AbstractConnectionPool):
             return bool(lost) or entry.state != CLOSING
 
     def _end_checkout(self, user: ThreadOwner, home: ThreadOwner, close: bool) -> None:
-        entry = user.entry
-        if entry is not None and self._remove_user(user, entry):
-            if home.entry is entry:
-                home.entry = None
-            entry.checkout = None
+        with self._connections.lock:
+            entry, user.entry = user.entry, None
+            if entry is not None:
+                # In this order: `putconn` of the home thread takes no lock, and looks at them the other way round.
+                if home.entry is entry:
+                    home.entry = None
+                entry.checkout = None
+        if entry is not None:
             self._give_back(home, entry, close)
         self._owners.discard(user)
 
@@ -161,12 +167,17 @@ class PersistentConnectionPool(AbstractConnectionPool):
         entry = owner.entry
         if entry is None:
             return False
-        if owner is self.here.owner:
-            owner.entry = None  # its own thread needs no lock
-        elif not self._remove_user(owner, entry):
-            return False
-        if entry.checkout is None or (not entry.has_checkout and self._reclaim(entry)):
-            self._give_back(owner, entry, close)
+        if owner is self.here.owner and entry.checkout is None:  # its own thread needs no lock
+            if owner.entry is not entry:
+                return False  # as in `putconn`
+            owner.entry = None
+        else:
+            with self._connections.lock:
+                if not self._remove_user(owner, entry):
+                    return False
+                if entry.has_checkout or not self._reclaim(entry):
+                    return True
+        self._give_back(owner, entry, close)
         return True
 
     def _put_away(self, key: Hashable, entry: Entry) -> None:

@@ -115,10 +115,14 @@ class Users(ABC):
         for owner, entry in self._users():
             if not self._is_over(owner, entry):
                 continue
-            state, entry.state = entry.state, CLOSING  # first: a checkout that may not wait sees that it comes free
-            if not self._remove_user(owner, entry):
-                entry.state = state
-            else:
+            with self._connections.lock:
+                if (owner, entry) not in self._users():
+                    continue  # it was returned meanwhile, and its state is its next user's
+                state, entry.state = entry.state, CLOSING  # first: a checkout that may not wait sees that it comes free
+                is_ours = self._remove_user(owner, entry)
+                if not is_ours:
+                    entry.state = state
+            if is_ours:
                 log.warning("%r: thread %s ended while it held a connection, which is closed", self, owner.name)
                 self._connections.discard_later(entry, "its thread has ended")
         while self._lost:
