@@ -553,7 +553,7 @@ sys.exit(os.waitpid(pid, 0)[1] != 0)
 
 class TestOwnProcess:
     def test_where_the_threads_are_is_not_looked_for_on_stacks_of_others(self, dsn: str) -> None:
-        """CPython 3.11 and 3.12: SIGSEGV, in a child of C code, of whatever lists holders or waiters."""
+        """CPython since 3.11: SIGSEGV, in a child of C code, of whatever lists holders or waiters."""
         result = subprocess.run([sys.executable, "-c", REPORT_IN_C_FORK.format(dsn=dsn)], timeout=60)
         assert result.returncode == 0
 

@@ -23,9 +23,9 @@ UNKNOWN = "(not known in a process that C code has forked)"
 #: thread has which is just being started.
 HAS_FRAMES_BUG = sys.version_info[:2] == (3, 11) and sys.version_info < (3, 11, 9)
 
-#: CPython 3.11 and 3.12 look for a thread's frame on its C stack. In a child that was forked without Python's hooks the
-#: parent's threads are still listed, while their stacks belong to new threads (measured: SIGSEGV).
-HAS_FRAMES_ON_STACKS = (3, 11) <= sys.version_info < (3, 13)
+#: CPython since 3.11 looks for a thread's frame on its C stack. In a child that was forked without Python's hooks the
+#: parent's threads are still listed, while their stacks belong to new threads (SIGSEGV, on 3.11, 3.12 and 3.13).
+HAS_FRAMES_ON_STACKS = sys.version_info >= (3, 11)
 
 #: The process in which the threads that are listed are.
 _process = os.getpid()
