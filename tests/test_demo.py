@@ -126,6 +126,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 @pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """Another one, for the tests that put it under load: that goes on for a while, and a lock lets nobody in."""
+    folder = tmp_path_factory.mktemp("busy")
+    with running(folder, "--data", folder / "data") as demo:
+        yield demo.begin()
+        assert demo.end() == 0
+
+
+@pytest.fixture(scope="module")
 def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder that was used before: making one takes seconds."""
     folder = tmp_path_factory.mktemp("made")
@@ -293,47 +302,47 @@ class TestPages:
         answer = demo.ask(path, "HEAD")
         assert (answer.status, answer.body) == (200, b"")
 
-    def test_the_status_page_shows_the_load(self, demo: Demo) -> None:
-        answers = [demo.ask("/load", "POST") for _ in range(3)]
+    def test_the_status_page_shows_the_load(self, busy: Demo) -> None:
+        answers = [busy.ask("/load", "POST") for _ in range(3)]
         assert {answer.status for answer in answers} == {303}
         assert answers[0].headers["Location"].endswith("/status")
         # The load begins before the last connections are open.
         [pool] = eventually(
             lambda: [
-                pool for pool in status_of(demo)["pools"] if 0 < pool["waiting"] <= 4 and pool["used"] >= pool["max"]
+                pool for pool in status_of(busy)["pools"] if 0 < pool["waiting"] <= 4 and pool["used"] >= pool["max"]
             ]
         )
         assert pool["max"] == pool["used"] == 8
         assert {holder["request"] for holder in pool["holders"]} <= load.REQUESTS.keys()
-        assert "8 of 8 connections in use" in demo.ask("/status").text
-        assert demo.ask("/status", "POST").status == 405
+        assert "8 of 8 connections in use" in busy.ask("/status").text
+        assert busy.ask("/status", "POST").status == 405
 
-    def test_the_database_is_restarted_and_nothing_fails(self, demo: Demo) -> None:
-        assert "Restart the database" in demo.ask().text
-        answer = demo.ask("/restart", "POST")
+    def test_the_database_is_restarted_and_nothing_fails(self, busy: Demo) -> None:
+        assert "Restart the database" in busy.ask().text
+        answer = busy.ask("/restart", "POST")
         assert answer.status == 200
         told = re.search(r"Of (\d+) requests meanwhile <strong>none failed</strong>", answer.text)
         assert told is not None, answer.text
         assert int(told[1]) > 0
 
-    def test_a_backend_is_killed_and_nothing_fails(self, demo: Demo) -> None:
-        answer = demo.ask("/kill", "POST")
+    def test_a_backend_is_killed_and_nothing_fails(self, busy: Demo) -> None:
+        answer = busy.ask("/kill", "POST")
         assert answer.status == 200
         assert re.search(r"It served <code>(GET|POST) /\S+</code>, which then ran again", answer.text), answer.text
         told = re.search(r"Of (\d+) requests meanwhile <strong>none failed</strong>", answer.text)
         assert told is not None, answer.text
         assert int(told[1]) > 0
 
-    def test_a_lock_shows_who_waits_for_whom(self, demo: Demo) -> None:
-        answer = demo.ask("/lock", "POST")
+    def test_a_lock_shows_who_waits_for_whom(self, busy: Demo) -> None:
+        answer = busy.ask("/lock", "POST")
         assert (answer.status, answer.headers["Location"][-7:]) == (303, "/status")
-        eventually(lambda: re.search(r"of backend \d+, which is POST /import", demo.ask("/status").text))
+        eventually(lambda: re.search(r"of backend \d+, which is POST /import", busy.ask("/status").text))
 
-    def test_a_full_queue_is_503_with_a_page_that_leads_back(self, demo: Demo) -> None:
-        answer = demo.ask("/fill", "POST")
+    def test_a_full_queue_is_503_with_a_page_that_leads_back(self, busy: Demo) -> None:
+        answer = busy.ask("/fill", "POST")
         assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
         assert '<a href="/">try again</a>' in answer.text
-        eventually(lambda: demo.ask("/").status == 200)
+        eventually(lambda: busy.ask("/").status == 200)
 
     def test_every_page_leads_back(self, demo: Demo) -> None:
         for path in ("/", "/slow?seconds=0", "/fail", "/status"):
