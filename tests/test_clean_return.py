@@ -347,3 +347,13 @@ def test_a_return_that_is_interrupted_closes_the_connection(
     conn = pool.getconn()
     assert conn.info.transaction_status == ext.TRANSACTION_STATUS_IDLE
     pool.putconn(conn)
+
+
+def test_the_configured_isolation_level_is_what_each_user_gets(make_pool: MakePool) -> None:
+    pool = make_pool(minconn=0, maxconn=1, idle_timeout=60, isolation_level="SERIALIZABLE")
+    for _ in range(2):
+        conn = pool.getconn()
+        assert conn.isolation_level == ext.ISOLATION_LEVEL_SERIALIZABLE
+        conn.isolation_level = "READ COMMITTED"
+        pool.putconn(conn)
+    assert pool.get_stats()["connections_num"] == 1
