@@ -666,19 +666,29 @@ class TestCheckouts:
         pool.putconn(conn)
         assert pool.getconn() is conn
 
-    def test_a_connection_that_came_back_meanwhile_is_not_reaped(
+    def test_the_state_of_what_came_back_meanwhile_is_its_next_users(
         self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Between the reaper's look at the users and its claim."""
+        """Between the reaper's look at the users and its claim: it must not write what it has read before."""
         pool = make_pool(zpgpool.PersistentConnectionPool, 0, 1, idle_timeout=60, timer=None)
         conn = pool.getconn()
         pool.checkout(conn)  # and lost at once
-        seen = pool._users()
+        [(owner, entry)] = [(owner, entry) for owner, entry in pool._users() if not owner.is_alive]
+        written: list[object] = []
+
+        class Returned:
+            """In the place of the entry: says what is written to it."""
+
+            state = entry.state
+
+            def __setattr__(self, name: str, value: object) -> None:
+                written.append(value)
+
         pool.putconn(conn)
-        looks = iter([seen])
-        users = pool._users
+        users, looks = pool._users, iter([[(owner, Returned())]])
         monkeypatch.setattr(pool, "_users", lambda: next(looks, None) or users())
         pool._reap()
+        assert not written
         assert pool.getconn() is conn
         assert not conn.closed
 

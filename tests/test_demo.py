@@ -116,32 +116,34 @@ def running(folder: Path, *args: object, **options: Any) -> Iterator[Demo]:
         demo.process.wait()
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """The one that the tests of the pages share."""
-    folder = tmp_path_factory.mktemp("demo")
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Demo]:
+    """Run one on new data in `folder`, and see to it that it ends well."""
     with running(folder, "--data", folder / "data") as demo:
         yield demo.begin()
         assert demo.end() == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The one that the tests of the pages share."""
+    with serving(tmp_path_factory.mktemp("demo")) as demo:
+        yield demo
 
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """Another one, for the tests that put it under load: that goes on for a while, and a lock lets nobody in."""
-    folder = tmp_path_factory.mktemp("busy")
-    with running(folder, "--data", folder / "data") as demo:
-        yield demo.begin()
-        assert demo.end() == 0
+    with serving(tmp_path_factory.mktemp("busy")) as demo:
+        yield demo
 
 
 @pytest.fixture(scope="module")
 def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder that was used before: making one takes seconds."""
     folder = tmp_path_factory.mktemp("made")
-    with running(folder, "--data", folder / "data") as demo:
-        demo.begin()
-        assert demo.end() == 0
-    return folder / "data"
+    with serving(folder):
+        return folder / "data"
 
 
 @pytest.fixture

@@ -762,7 +762,8 @@ def test_sessions_of_a_replicas_pool_are_read_only_whatever_they_find(
 
 
 def toggle(conn: Any) -> None:
-    for at_once in (True, False, True, False):
+    before = conn.autocommit
+    for at_once in (True, False, True, False, before):
         conn.autocommit = at_once
 
 
@@ -783,7 +784,7 @@ USES = [
 @pytest.mark.parametrize("use", USES)
 def test_a_session_that_only_reads_does_so_after_any_use(dsn: str, use: Any, hook: Any, autocommit: Any) -> None:
     """psycopg2 sets the server's own setting, too, and sets it to its default when it leaves autocommit."""
-    hooks = {hook: toggle} if hook is not None and autocommit is not True else {}
+    hooks = {} if hook is None else {hook: toggle}
     options = {"autocommit": autocommit, "readonly": True, "idle_timeout": 60, "check_idle": 0, **hooks}
     with zpgpool.PersistentConnectionPool(1, 1, dsn, **options) as pool:
         with pool.connection() as conn:
