@@ -58,12 +58,34 @@ def main(global_conf, **settings):
 """
 
 
+#: The same with Flask.
+FLASK_SHOP = """
+import os
+from flask import Flask
+from zpgpool.flask import get_connection, init_app
+
+def create_app():
+    app = Flask(__name__)
+    app.config["ZPGPOOL"] = {"dsn": "ENV:APP_DSN", "maxconn": 8}
+    init_app(app)
+
+    @app.get("/")
+    def where():
+        with get_connection().cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            return f"{os.getpid()} {cursor.fetchone()[0]}"
+
+    return app
+"""
+
+
 class Site:
     """A folder as /srv/shop is, and what is started there."""
 
     def __init__(self, folder: Path, dsn: str) -> None:
         self.folder = folder
         (folder / "shop.py").write_text(SHOP)
+        (folder / "flask_shop.py").write_text(FLASK_SHOP)
         (folder / "production.ini").write_text(deployed("production.ini"))
         self.environ = os.environ | {"APP_DSN": dsn, "PYTHONPATH": str(folder)}
 
@@ -122,10 +144,11 @@ def test_pyramid(site: Site, outside: Outside) -> None:
     assert "ERROR" not in (site.folder / f"{port}.log").read_text()
 
 
-def test_gunicorn(site: Site) -> None:
+@pytest.mark.parametrize("named", [["--paste", "production.ini"], ["flask_shop:create_app()"]], ids=["paste", "flask"])
+def test_gunicorn(site: Site, named: list[str]) -> None:
     port = free_port()
     (site.folder / "gunicorn.conf.py").write_text(deployed("gunicorn.conf.py", bind=f'"127.0.0.1:{port}"'))
-    command = [sys.executable, "-m", "gunicorn", "--paste", "production.ini", "--no-control-socket"]
+    command = [sys.executable, "-m", "gunicorn", *named, "--no-control-socket"]
     with site.running(command, port, how=signal.SIGTERM):
         pids = set()
 

@@ -42,6 +42,7 @@ from zpgpool.metrics import instrument
 from zpgpool.monitor.history import history_of
 from zpgpool.monitor.page import seconds
 from zpgpool.monitor.page import verdict
+from zpgpool.monitor.snapshot import ask_server
 from zpgpool.monitor.snapshot import list_pools
 from zpgpool.monitor.snapshot import readable
 from zpgpool.monitor.snapshot import take
@@ -168,10 +169,18 @@ class Busy:
 
         self.pool = pool
         self.calls = [Call(request, path) for path in paths]
-        eventually(lambda: sum(holder.status == "in a query" for holder in pool.holders()) == len(paths))
+        eventually(lambda: self._run(sql) == len(paths))
         for number, path in enumerate(waiting, 1):
             self.calls.append(Call(request, path))
             eventually(partial(self._has_waiters, number))
+
+    def _run(self, sql: str) -> int:
+        """Return how many wait in it, as the server says: a holder is "in a query" in the BEGIN before, too."""
+        pids = [holder.backend_pid for holder in self.pool.holders()]
+        sessions = ask_server(self.pool, pids, time.monotonic() + 20, show_sql=True).sessions if pids else {}
+        return sum(
+            session["wait_event"] is not None and session["query"].startswith(sql[:12]) for session in sessions.values()
+        )
 
     def _has_waiters(self, number: int) -> bool:
         return len(self.pool.waiters()) == number
