@@ -229,10 +229,11 @@ def outside(dsn: str) -> Iterator[Outside]:
     watcher.conn.close()
 
 
-@pytest.fixture
-def never_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take no connect for one that hangs, although this machine may stand still for a second."""
-    monkeypatch.setattr("zpgpool.core.backoff.HANGS", float("inf"))
+    if request.node.get_closest_marker("hangs") is None:
+        monkeypatch.setattr("zpgpool.core.backoff.HANGS", float("inf"))
 
 
 @pytest.fixture

@@ -78,13 +78,14 @@ class TestOneDeadline:
         """Real time."""
         pool = zpgpool.ThreadedConnectionPool(0, 2, host="127.0.0.1", port=wall.getsockname()[1], timeout=0.5)
         start = time.monotonic()
-        with pytest.raises(zpgpool.PoolTimeout, match=r"within 0\.5 s"):
+        with pytest.raises(zpgpool.PoolTimeout, match=r"within \d+\.\d s"):
             pool.getconn()
         assert is_within(time.monotonic() - start, 1.0)
         states = [slot.state for slot in pool._connections.handoff.slots]
         assert states == [CONNECTING]  # it goes on, and counts
         pool.close(0)
 
+    @pytest.mark.hangs
     def test_one_that_hangs_stops_nobody_else(self, own_server: EmbeddedServer, proxy: Proxy) -> None:
         """Real time: the network loses one connect; the others, and a second one, work."""
         pool = zpgpool.ThreadedConnectionPool(0, 5, proxy.dsn(own_server.dsn), timeout=10, idle_timeout=60)
@@ -257,7 +258,7 @@ class TestStarting:
     def test_wait_fails_with_the_error_of_the_connect(self, dsn: str) -> None:
         pool = zpgpool.ThreadedConnectionPool(1, 2, make_dsn(dsn, dbname="nowhere"), open=False)
         with pytest.raises(zpgpool.PoolTimeout, match="no 1 connections") as caught:
-            pool.wait(0.3)
+            pool.wait(3)  # the reason is known when two connects have failed
         assert "nowhere" in str(caught.value.__cause__)
         pool.close()
 
@@ -340,7 +341,9 @@ class TestHooks:
         checks: list[object] = []
         is_well = False
         pool = make_pool(kind, 0, 2, timeout=timeout, idle_timeout=60, check=check)
-        for _ in range(10):
+        with pytest.raises((zpgpool.PoolTimeout, psycopg2.OperationalError)):
+            pool.getconn(timeout=0)  # for as long as its connect takes, which may be more than 0.2 s
+        for _ in range(9):
             # The refusal itself, where that came when the time was up.
             kinds = (zpgpool.PoolTimeout, psycopg2.OperationalError) if timeout else psycopg2.OperationalError
             with pytest.raises(kinds) as caught:
@@ -351,7 +354,7 @@ class TestHooks:
         stats = pool.get_stats()
         assert len(checks) == stats["connections_num"]
         assert (stats["requests_num"], stats["requests_errors"], stats["connections_lost"]) == (10, 10, 0)
-        assert stats["requests_queued"] == (10 if timeout else 0)
+        assert stats["requests_queued"] == (9 if timeout else 0)
         is_well = True
         eventually(lambda: not pool._connections.backoff.is_on)
         pool.putconn(pool.getconn())
@@ -399,7 +402,8 @@ class TestHooks:
             with pytest.raises(error):
                 pool.getconn()
         stats = pool.get_stats()
-        assert (stats["requests_num"], stats["requests_errors"], stats["pool_size"]) == (3, 3, 0)
+        assert (stats["requests_num"], stats["requests_errors"]) == (3, 3)
+        eventually(lambda: pool.get_stats()["pool_size"] == 0)  # the waiter is told first
 
     def test_a_hook_that_fails_again_and_again_is_told_once(
         self, make_pool: MakePool, caplog: pytest.LogCaptureFixture

@@ -251,10 +251,13 @@ def test_two_sites_without_a_common_folder_are_one_page(
         assert len({page["process"] for page in pages}) == 2
         monkeypatch.setenv("COLUMNS", "250")
         monkeypatch.setenv("STATUS_TOKEN", TOKEN)
-        assert main(["top", *urls, "--once", "--token=ENV:STATUS_TOKEN"]) == 0
-        text = capsys.readouterr().out
-        assert "GET /hold/0" in text
-        assert "GET /hold/1" in text
+
+        def both_shown() -> bool:
+            assert main(["top", *urls, "--once", "--token=ENV:STATUS_TOKEN"]) == 0
+            text = capsys.readouterr().out
+            return "GET /hold/0" in text and "GET /hold/1" in text
+
+        eventually(both_shown)
         two.stop()
         start = time.monotonic()
         page = eventually(lambda: (page := look(ports[0], "/status/json", TOKEN))["used"] == 1 and page)
@@ -281,8 +284,13 @@ def test_a_site_that_is_among_its_own_peers_counts_once(
             assert (seen["used"], seen["max"], len(seen["processes"])) == (1, 8, 2)
             assert len({each["id"] for each in seen["processes"]}) == 2
         monkeypatch.setenv("COLUMNS", "250")
-        assert main(["top", url, url.replace("127.0.0.1", "localhost"), "--once"]) == 0
-        text = capsys.readouterr().out
+
+        def whole() -> str:
+            assert main(["top", url, url.replace("127.0.0.1", "localhost"), "--once"]) == 0
+            text = str(capsys.readouterr().out)
+            return "" if "no answer within" in text else text
+
+        text = eventually(whole)
         # A second connection may be open: a first connect that takes more than a second has company.
         assert re.search(r"1 in use, [01] idle: [12] open of 8 at most", text), text
         assert text.count("GET /hold") == 1
@@ -382,7 +390,10 @@ ODD = "what answers is no status page of this version of zpgpool"
         ("200 OK", "[" * 100_000, "what answers there is no status page of zpgpool"),
     ],
 )
-def test_what_a_peer_may_answer(pages: Callable[[Any], str], status: str, body: str, why: str) -> None:
+def test_what_a_peer_may_answer(
+    pages: Callable[[Any], str], status: str, body: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zpgpool.monitor.remote.DEADLINE", 20.0)
     url = pages(answering(status, body, Location="http://127.0.0.1:1/"))
     [(number, host, trouble)] = Peers([url]).snapshots()[1]
     assert (number, trouble) == (0, why)
@@ -390,7 +401,8 @@ def test_what_a_peer_may_answer(pages: Callable[[Any], str], status: str, body: 
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])
-def test_a_peer_that_does_not_speak_http(answer: bytes) -> None:
+def test_a_peer_that_does_not_speak_http(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zpgpool.monitor.remote.DEADLINE", 20.0)
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
 
         def serve() -> None:
@@ -415,7 +427,10 @@ def test_one_that_never_answers_is_not_waited_for_and_asked_once_at_a_time() -> 
         assert is_within(time.monotonic() - start, 3)
 
 
-def test_no_peer_asks_a_peers_peers(pages: Callable[[Any], str], make_pool: Callable[..., Any]) -> None:
+def test_no_peer_asks_a_peers_peers(
+    pages: Callable[[Any], str], make_pool: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zpgpool.monitor.remote.FRESH", 60.0)
     asked: list[str] = []
 
     def app(environ: Any, start_response: Any) -> Iterable[bytes]:
@@ -426,7 +441,7 @@ def test_no_peer_asks_a_peers_peers(pages: Callable[[Any], str], make_pool: Call
     status = StatusApp(peers=[pages(app)])
     for _ in range(3):
         assert ask(status, "/json").status == 200
-    assert asked == ["own=1"]  # cached for a second
+    assert asked == ["own=1"]  # cached
     assert json.loads(ask(status, "/json", QUERY_STRING="own=1").body)["processes"]
     assert asked == ["own=1"]
 

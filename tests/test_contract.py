@@ -526,13 +526,13 @@ class TestIdleTimeout:
 
     @over(SHARED)
     def test_n_closes_in_real_time_whether_or_not_anyone_calls_prune(self, make: MakePool, outside: Outside) -> None:
-        pool = make(0, 3, idle_timeout=0.3)
+        pool = make(0, 3, idle_timeout=1)
         start = time.monotonic()
         for call in [Call(self.borrow, pool) for _ in range(3)]:
             call.result()
         assert outside.backends()
         eventually(lambda: not outside.backends())
-        assert time.monotonic() - start >= 0.3
+        assert time.monotonic() - start >= 1
 
     @staticmethod
     def borrow(pool: Any) -> None:
@@ -631,7 +631,7 @@ class TestCloseall:
                 run(conn, "SELECT pg_sleep(60)")
 
         user = Call(query)
-        eventually(lambda: "active" in [outside.state(pid) for pid in outside.backends()] or not user.is_running)
+        eventually(lambda: outside.runs("SELECT pg_sleep(60)") or not user.is_running)
         assert user.is_running
         if not is_seen:
             monkeypatch.setattr(Entry, "is_active", False)

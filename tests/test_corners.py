@@ -261,6 +261,7 @@ def test_a_block_with_a_key_of_its_own(make_pool: MakePool) -> None:
     assert pool.holders() == []
 
 
+@pytest.mark.hangs
 def test_a_connect_that_hangs_holds_up_the_next_one_for_a_second_only(pool: Any) -> None:
     """Real time."""
     pool.drain()
@@ -305,12 +306,12 @@ def test_only_what_was_seen_is_removed(make_pool: MakePool) -> None:
     pool._connections.discard(first, "")
 
 
-def test_an_entry_that_is_lost_during_a_query_does_not_wait_for_its_end(make_pool: MakePool) -> None:
+def test_an_entry_that_is_lost_during_a_query_does_not_wait_for_its_end(make_pool: MakePool, outside: Outside) -> None:
     pool = make_pool(zpgpool.PersistentConnectionPool)
     conn = pool.getconn()
     [(_, entry)] = pool._users()
     user = Call(run, conn, "SELECT pg_sleep(60)")
-    eventually(lambda: entry.is_active)
+    eventually(lambda: outside.runs("SELECT pg_sleep(60)"))
     entry.__del__()  # as the collector does
     with pytest.raises(psycopg2.Error):
         user.result(5)
@@ -697,7 +698,7 @@ class TestWhatTwoThreadsRarelyDo:
         assert done == [1, 2]
 
     def test_a_query_has_a_second_to_end_after_its_cancel(
-        self, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+        self, make_pool: MakePool, outside: Outside, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # The process's own may all be busy with the silent servers of other tests: then the socket is cut at once.
         monkeypatch.setattr("zpgpool.core.watchdog.cancellers", Workers("test-cancel", most=1))
@@ -706,7 +707,7 @@ class TestWhatTwoThreadsRarelyDo:
         [(_, entry)] = pool._users()
         entry.cancel_handle = Silent()
         user = Call(run, conn, "SELECT pg_sleep(60)")
-        eventually(lambda: entry.is_active)
+        eventually(lambda: outside.runs("SELECT pg_sleep(60)"))
         pool.run_maintenance(entry.since + 10.1)
         pool.run_maintenance(entry.since + 10.9)
         assert user.is_running

@@ -509,9 +509,7 @@ class TestWithoutAConnection:
         assert (response.status_code, response["Retry-After"], response["Cache-Control"]) == (503, "5", "no-store")
         assert b"not available" in response.content
         [record] = [record for record in caplog.records if record.name == "zpgpool"]
-        assert record.getMessage().startswith(
-            "GET /add/1: 503 Service Unavailable: no connection came free within 0.1 s"
-        )
+        assert record.getMessage().startswith("GET /add/1: 503 Service Unavailable: no connection came free within ")
 
     def test_requests_are_503_where_the_server_is_down(
         self, databases: Databases, caplog: pytest.LogCaptureFixture

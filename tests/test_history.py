@@ -65,7 +65,6 @@ def test_a_history_observes() -> None:
     assert pool._notifier.observers == [history_of(pool)]
 
 
-@pytest.mark.usefixtures("never_hangs")
 def test_a_pool_that_opens_a_connection_has_one_from_then_on(make_pool: MakePool) -> None:
     begin()
     begin()

@@ -141,6 +141,11 @@ class Site:
 
         return dict(eventually(look))
 
+    def sleepers(self) -> list[dict[str, Any]]:
+        """Return the holders whose query sleeps."""
+        holders = self.whole()["pools"][0]["holders"]
+        return [each for each in holders if (each["server"] or {}).get("wait_event") == "PgSleep"]
+
     def processes(self) -> list[int]:
         """Return the processes that answer, as the page has them now; none while the server is not up."""
         with suppress(OSError):
@@ -150,6 +155,12 @@ class Site:
     def metrics(self) -> dict[str, float]:
         lines = re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", self.get("/status/metrics"), re.MULTILINE)
         return {name: float(value) for name, value in lines}
+
+    def counted(self) -> float:
+        """Return how many requests it has counted; 0 while the worker that was asked ends."""
+        with suppress(OSError):
+            return self.metrics()[SUM]
+        return 0.0
 
     def stop(self) -> None:
         end(self.server)
@@ -222,11 +233,13 @@ def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]
         stopped = holder["process"]
         os.kill(stopped, signal.SIGSTOP)
         try:
-            took = []
-            for _ in range(10):
+            took: list[float] = []
+            for tries in range(20):
+                if took and tries >= 10:
+                    break
                 start = time.monotonic()
                 try:
-                    shown = json.loads(site.get("/status/json", 0.6))
+                    shown = json.loads(site.get("/status/json", 0.6 if tries < 10 else 5))
                 except (TimeoutError, URLError):  # the stopped worker had taken it
                     continue
                 took.append(time.monotonic() - start)
@@ -245,8 +258,7 @@ def test_who_blocks_whom_across_processes(folder: Path, dsn: str) -> None:
     with serving(folder, dsn, "--threads=16", workers=2) as site:  # enough for the page, too, wherever requests go
         lock = "sql=SELECT+pg_advisory_lock(4711),pg_sleep(600)"
         calls = [Call(site.get, f"/report?{lock}")]
-        eventually(lambda: site.whole()["pools"][0]["holders"])
-        [holder] = site.whole()["pools"][0]["holders"]
+        [holder] = eventually(site.sleepers)  # it has the lock
         os.kill(holder["process"], signal.SIGSTOP)  # requests go where the kernel likes: this one to the other process
         try:
             calls.append(Call(site.get, f"/late?{lock}"))
@@ -291,7 +303,7 @@ def test_no_counter_ever_goes_back(folder: Path, dsn: str) -> None:
             assert not {name for name in backwards if is_counter(name)}, (scrapes, backwards)
             before = now
             if scrapes % 40 == 0:
-                os.kill(site.processes()[0], signal.SIGKILL)
+                os.kill(eventually(site.processes)[0], signal.SIGKILL)
                 may_lack += sum(done) - at_scrape + len(calls)  # and what is under way
                 killed += 1
             if scrapes == 100:
@@ -300,7 +312,7 @@ def test_no_counter_ever_goes_back(folder: Path, dsn: str) -> None:
         for call in calls:
             call.result()
         assert killed > 5
-        counted = eventually(lambda: site.processes() and site.metrics())[SUM]
+        counted = eventually(lambda: site.processes() and site.counted())
         print(f"{scrapes} scrapes, {killed} killed: {counted:.0f} of {sum(done)} counted, {may_lack} may be missing")
         assert sum(done) - may_lack <= counted <= sum(done) + sum(lost)
         assert counted > 300
@@ -316,15 +328,16 @@ def test_where_all_ended_in_order_the_sums_are_the_clients(folder: Path, dsn: st
             with suppress(OSError):
                 site.get("/")
                 done += 1
-        eventually(lambda: site.metrics()[SUM] == done)
+        eventually(lambda: site.counted() == done)
         site.server.send_signal(signal.SIGHUP)  # new workers in the place of all
         old = set(site.processes())
         eventually(lambda: len(now := set(site.processes())) == 3 and not old & now, 30)
-        assert site.metrics()[SUM] == done
+        eventually(lambda: site.counted() == done)
 
 
 def test_a_site_that_nobody_asks_writes_nothing(folder: Path, dsn: str) -> None:
-    site = Site(folder, dsn, "--workers=2", "--threads=4", "--max-requests=10")
+    # A worker that is killed before it ends in order leaves its socket to the next reader.
+    site = Site(folder, dsn, "--workers=2", "--threads=4", "--max-requests=10", "--graceful-timeout=20")
     try:
 
         def is_up() -> bool:
@@ -336,6 +349,16 @@ def test_a_site_that_nobody_asks_writes_nothing(folder: Path, dsn: str) -> None:
         for _ in range(30):  # each worker is recycled at least once
             with suppress(OSError):
                 site.get("/")
+        changes: list[tuple[list[str], float]] = []
+
+        def have_settled() -> bool:
+            """Whether two workers are there, and have been for a second: one that has just begun loses the signal."""
+            now, names = time.monotonic(), sorted(os.listdir(site.share))
+            if not changes or changes[-1][0] != names:
+                changes.append((names, now))
+            return len(names) == 2 and now > changes[-1][1] + 1
+
+        eventually(have_settled, 30)
     finally:
         site.stop()
     assert os.listdir(site.share) == []
@@ -536,8 +559,9 @@ def test_an_answer_of_another_version_or_none(share: Path, app: StatusApp, text:
         for _ in range(2):
             peer, _ = server.accept()
             with peer:
-                peer.recv(100)
-                peer.sendall(text)
+                with suppress(OSError):  # who asks waits for 0.3 s
+                    peer.recv(100)
+                    peer.sendall(text)
 
     call = Call(answer)
     page = ask(app)
@@ -620,7 +644,7 @@ def test_it_ends_with_its_socket(share: Path) -> None:
     mine = Share(Folder(str(share)), list)
     mine.start()
     folder = Folder(str(share))
-    assert len(ask_all(folder, "pools").documents) == 1
+    eventually(lambda: len(ask_all(folder, "pools").documents) == 1)
     mine.close()
     eventually(lambda: not [each for each in threading.enumerate() if each.name == "zpgpool-share"])
     assert os.listdir(share) == []
@@ -638,18 +662,27 @@ def test_an_incident_seen_from_beside(
     beside = f"127.0.0.1:{free_port()}"
     with serving(folder, dsn, "--threads=6", workers=2, maxconn=4, LISTEN=beside) as site:
         calls = [Call(site.get, "/report?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)")]  # it holds the lock
-        eventually(lambda: site.whole()["pools"][0]["holders"])
-        [holder] = site.whole()["pools"][0]["holders"]
+        [holder] = eventually(site.sleepers)
         calls += [Call(site.get, f"/late/{n}?sql=SELECT+pg_advisory_lock(815),pg_sleep(600)") for n in range(30)]
         took = []
+
+        def missed(text: str) -> bool:
+            """Whether a process has missed the deadline, as may be on a busy machine."""
+            return "no answer within" in text
 
         def top() -> str:
             start = time.monotonic()
             assert main(["top", str(site.share), "--once"]) == 0
             took.append(time.monotonic() - start)
             text = str(capsys.readouterr().out)
-            # On a busy machine one may miss the deadline.
-            return "" if "no answer within" in text else text
+            return "" if missed(text) else text
+
+        def answer_from_beside(path: str) -> str:
+            start = time.monotonic()
+            with urlopen(f"http://{beside}{path}", timeout=10) as answer:
+                text = str(answer.read().decode())
+            took.append(time.monotonic() - start)
+            return "" if missed(text) else text
 
         # Four, if the workers have accepted alike; two, if one of them has nearly all.
         eventually(lambda: re.search("[234] wait, the longest for", top()), 20)
@@ -658,13 +691,9 @@ def test_an_incident_seen_from_beside(
             text = eventually(top)
             [line] = [line for line in text.splitlines() if "GET /report" in line and str(holder["process"]) in line]
             assert "shop.py:" in line
-            start = time.monotonic()
-            with urlopen(f"http://{beside}/", timeout=10) as answer:
-                page = Reader(answer.read().decode()).text
-            took.append(time.monotonic() - start)
+            page = Reader(eventually(lambda: answer_from_beside("/"))).text
             assert f"GET /report in process {holder['process']}" in page  # for which the others wait
-            with urlopen(f"http://{beside}/json", timeout=10) as answer:
-                held = json.loads(answer.read())["pools"][0]["holders"]
+            held = json.loads(eventually(lambda: answer_from_beside("/json")))["pools"][0]["holders"]
             [found] = [each for each in held if each["request"] == "GET /report"]
             assert found["process"] == holder["process"]
             assert "shop.py:" in found["line"]
@@ -720,15 +749,23 @@ def test_64_processes_with_8_holders_each(
         print(f"64 processes, 512 holders: {min(took):.3f} s at best, {sorted(took)[5]:.3f} s, {max(sizes)} bytes")
         assert is_within(min(took), 0.3)
         assert max(sizes) < 1_000_000
-        seen = json.loads(ask(app, "/json").body)
-        assert (len(seen["processes"]), len(seen["pools"][0]["holders"])) == (64, 512)
-        assert sum(bool(each["server"]) for each in seen["pools"][0]["holders"]) == 512
+
+        def numbers() -> tuple[int, int, int]:
+            seen = json.loads(ask(app, "/json").body)
+            holders = seen["pools"][0]["holders"]
+            return len(seen["processes"]), len(holders), sum(bool(each["server"]) for each in holders)
+
+        eventually(lambda: numbers() == (64, 512, 512), 60)  # one of 63 may miss the deadline
         with waitress(app) as port:
             browser.forget()
             for dark in (False, True):
-                browser.open(f"http://127.0.0.1:{port}/", width=360, dark=dark)
+
+                def is_whole(dark: bool = dark) -> bool:
+                    browser.open(f"http://127.0.0.1:{port}/", width=360, dark=dark)
+                    return bool(browser.run("document.querySelectorAll('main table tbody tr').length") >= 64 + 512)
+
+                eventually(is_whole, 60)
                 assert browser.run("document.documentElement.scrollWidth") <= 360
-                assert browser.run("document.querySelectorAll('main table tbody tr').length") >= 64 + 512
                 folded = "[...document.querySelectorAll('tbody tr')].filter(each => each.checkVisibility()).length"
                 assert browser.run(folded) < 30
                 browser.shoot(BUILD / f"site-phone{'-dark' if dark else ''}.png")

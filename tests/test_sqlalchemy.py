@@ -697,6 +697,9 @@ def test_with_zope_sqlalchemy_and_pyramid_tm(engine: Any, pool: Any, outside: Ou
     all_is_well(pool, outside)
 
 
+KINDS_OF_FIRE = ("killed", "broken", "invalidated", "soft", "detached")
+
+
 @pytest.mark.slow
 def test_under_fire(make_pool: Callable[..., Any], make_engine: MakeEngine, outside: Outside, table: str) -> None:
     """Eight threads, three connections, kills and invalidations: what was committed is stored, by never more than 3."""
@@ -704,15 +707,20 @@ def test_under_fire(make_pool: Callable[..., Any], make_engine: MakeEngine, outs
     pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 3, idle_timeout=60, timeout=60)
     engine = make_engine(pool)
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
-    until = monotonic() + 8
+    start = monotonic()
     committed: set[int] = set()
     in_doubt: set[int] = set()
     counts: Counter[str] = Counter()
 
+    def goes_on() -> bool:
+        """For eight seconds; on a machine that does too little in that time, for as long as it needs."""
+        seconds, rarest = monotonic() - start, min(counts[name] for name in KINDS_OF_FIRE)
+        return seconds < 8 or (rarest <= 5 and seconds < 100)
+
     def work(seed: int) -> None:
         dice = random.Random(seed)
         number = seed * 1_000_000
-        while monotonic() < until:
+        while goes_on():
             number += 1
             sent = False
             try:
@@ -739,7 +747,7 @@ def test_under_fire(make_pool: Callable[..., Any], make_engine: MakeEngine, outs
 
     def kill() -> None:
         dice = random.Random(0)
-        while monotonic() < until:
+        while goes_on():
             pids = outside.backends()
             counts["most"] = max(counts["most"], len(pids))
             if pids and dice.random() < 0.05:
@@ -748,9 +756,9 @@ def test_under_fire(make_pool: Callable[..., Any], make_engine: MakeEngine, outs
 
     calls = [Call(work, seed) for seed in range(1, 9)] + [Call(kill)]
     for call in calls:
-        call.result(60)
+        call.result(160)
     assert counts["most"] == 3
-    assert min(counts[name] for name in ("killed", "broken", "invalidated", "soft", "detached")) > 5, counts
+    assert min(counts[name] for name in KINDS_OF_FIRE) > 5, counts
     stored = {n for (n,) in outside.query(f"SELECT n FROM {table}")}
     assert len(committed) > 100
     assert committed <= stored <= committed | in_doubt

@@ -67,7 +67,9 @@ class TestOverload:
             with pool.connection():
                 end.wait()
 
-        calls = [Call(hold) for _ in range(32)]
+        calls = [Call(hold) for _ in range(4)]
+        eventually(lambda: len(pool.holders()) == 4)  # before the others: each of these waits for its connect
+        calls += [Call(hold) for _ in range(28)]
         eventually(lambda: pool.get_stats()["requests_waiting"] == 28)
         with pytest.raises(zpgpool.TooManyRequests, match="28 threads"):
             pool.getconn()
@@ -92,7 +94,7 @@ class TestOverload:
         connecting.result()  # served by a return, too, while the connect goes on
         assert [slot.state for slot in pool._connections.handoff.slots].count(CONNECTING) == 1
         go_on.set()
-        eventually(lambda: pool.get_stats()["pool_available"] == 1)
+        eventually(lambda: pool.get_stats()["pool_available"] == 2)
 
     def test_the_timer_does_not_get_in_the_way_of_users(self, make_pool: MakePool, factory: Any) -> None:
         pool = make_pool(factory, 2, 2, idle_timeout=60)
@@ -130,9 +132,9 @@ class TestOverload:
     def test_a_timeout_comes_in_time(self, make_pool: MakePool, factory: Any) -> None:
         """Real time."""
         pool = make_pool(factory, 0, 1, timeout=0.2)
-        conn = pool.getconn()
+        conn = pool.getconn(timeout=20)
         start = time.monotonic()
-        with pytest.raises(zpgpool.PoolTimeout, match=r"within 0\.\d s"):
+        with pytest.raises(zpgpool.PoolTimeout, match=r"within \d+\.\d s"):
             Call(pool.getconn).result()
         seconds = time.monotonic() - start
         assert seconds >= 0.2
@@ -154,7 +156,6 @@ class TestEndedThreads:
         assert kept[0].closed
         pool.putconn(conn)
 
-    @pytest.mark.usefixtures("never_hangs")
     def test_a_thread_for_each_request_uses_few_connections(
         self, make_pool: MakePool, outside: Outside, factory: Any
     ) -> None:
@@ -353,7 +354,7 @@ def test_gunicorn_with_preload(dsn: str, outside: Outside, tmp_path: Path) -> No
         assert str(masters) not in first | second
         for worker in backends:
             os.kill(int(worker), signal.SIGTERM)
-        eventually(lambda: fetch() and fetch()[0] not in backends, 20)
+        eventually(lambda: (answer := fetch()) and answer[0] not in backends, 20)
         assert masters in outside.backends()
     finally:
         end(server)

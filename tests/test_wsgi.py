@@ -1074,11 +1074,12 @@ class TestThreads:
         reader_may_end = threading.Event()
 
         def read() -> None:
+            next(body)  # the first, which was taken before the start of the response
             next(body)
             reader_may_end.wait()
 
         reader = Call(read)
-        eventually(lambda: app.bodies[0].backends)
+        eventually(lambda: len(app.bodies[0].backends) == 2)
         body.close()
         assert pool.holders() == []
         reader_may_end.set()

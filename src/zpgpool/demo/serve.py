@@ -66,6 +66,8 @@ def serve(args: argparse.Namespace) -> None:
         pass
     except (ServerError, SettingError) as error:
         raise CommandError(str(error)) from None
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is cleaned up: another Ctrl-C shall draw no traceback
+        signal.signal(number, signal.SIG_IGN)
     print("Stopped.", flush=True)
 
 
