@@ -12,9 +12,13 @@ from zope.interface import implementer
 from ZPublisher.Iterators import IUnboundStreamIterator
 
 import zpgpool
+import zpgpool.zsql
 from conftest import run
 from zpgpool.datamanager import connection
 
+
+#: No answer of the server's is late on a busy machine.
+zpgpool.zsql.PATIENCE = 20.0
 
 #: What `look` has seen.
 looks: list[list[object]] = []

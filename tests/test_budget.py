@@ -119,6 +119,7 @@ def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatc
     pool = make_pool(KINDS[kind], 1, 4, idle_timeout=60)
     for _ in range(3):
         pool.putconn(pool.getconn())
+    pool._watch_at = math.inf  # the timer's part is not measured
     from time import monotonic
 
     for module in ("persistent", "keyed"):

@@ -140,7 +140,7 @@ def test_pyramid(site: Site, outside: Outside) -> None:
         [(options,)] = outside.query(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", outside.application_name
         )
-        assert options == 1
+        assert options in (1, 2)  # a first connect that takes more than a second has company
     assert "ERROR" not in (site.folder / f"{port}.log").read_text()
 
 

@@ -33,7 +33,7 @@ pool.close()
 
 
 def run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=300)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=1800)
 
 
 def present() -> list[Path]:

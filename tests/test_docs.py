@@ -21,7 +21,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -160,6 +159,7 @@ class Desk:
         self.port = str(free_port())
         self.names: dict[str, Any] = {}
         self._server: subprocess.Popen[bytes] | None = None
+        self._served: tuple[str, str] | None = None
 
     def do(self, block: Block) -> None:
         """Run a block."""
@@ -224,13 +224,15 @@ class Desk:
 
     def do_console(self, block: Block, text: str) -> None:
         for command, expected in commands(text):
-            for _ in range(5 if "repeat" in block.marks else 1):
+            for tries in range(5 if "repeat" in block.marks else 1):
+                if tries and self._served:
+                    self.serve(*self._served)  # what it has counted begins at nothing again
                 result = subprocess.run(
                     ["bash", "-c", command],
                     cwd=self.folder,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    timeout=120,
+                    timeout=1200,
                 )
                 got = result.stdout.decode()
                 if matches(expected, got):
@@ -243,6 +245,7 @@ class Desk:
     def serve(self, command: str, expected: str = "...") -> None:
         """Start a server in the background, instead of the one before, and wait until it answers."""
         self.stop()
+        self._served = command, expected
         if "zpgpool demo" in command and "--port" not in command:
             command += f" --port {self.port}"
         path = self.folder / "server.log"
@@ -259,7 +262,9 @@ class Desk:
                     return bool(answer.status == 200)
             except urllib.error.HTTPError as error:
                 error.close()
-                raise
+                if error.code != 503:  # as is said where a first connect takes long
+                    raise
+                return False
             except OSError:
                 return False
 
@@ -411,7 +416,7 @@ class Ours(Peer):
     name = "zpgpool"
 
     def __init__(self, dsn: str) -> None:
-        self.pool = zpgpool.ThreadedConnectionPool(0, 4, dsn, idle_timeout=60, timeout=1)
+        self.pool = zpgpool.ThreadedConnectionPool(0, 4, dsn, idle_timeout=60, timeout=20)
 
 
 class Psycopg2(Peer):
@@ -468,12 +473,16 @@ class SQLAlchemy(Peer):
 PEERS: list[type[Peer]] = [Ours, Psycopg2, Psycopg2Pool, DBUtils, SQLAlchemy]
 
 
+def _first(conn: Any, sql: str = "SELECT pg_backend_pid()") -> Any:
+    cursor = conn.cursor()
+    cursor.execute(sql)
+    return cursor.fetchone()[0]
+
+
 def _ask(peer: Peer, sql: str = "SELECT pg_backend_pid()") -> Any:
     conn = peer.get()
     try:
-        cursor = conn.cursor()
-        cursor.execute(sql)
-        return cursor.fetchone()[0]
+        return _first(conn, sql)
     finally:
         peer.put(conn)
 
@@ -535,19 +544,19 @@ def threads_end(peer: Peer, outside: Outside) -> str:
 def waiting(peer: Peer, outside: Outside) -> str:
     """All four are in use, one more user comes, and one is returned."""
     conns = [peer.get() for _ in range(4)]
+    known = {_first(conn) for conn in conns}
     timer = threading.Timer(0.2, lambda: peer.put(conns.pop()))
     timer.start()
-    start = time.monotonic()
     try:
         conns.append(peer.get())
-        waited = time.monotonic() - start
+        is_new = _first(conns[-1]) not in known
     except Exception:
         return "error at once"
     finally:
         timer.join()
         for conn in conns:
             peer.put(conn)
-    return "waits" if waited > 0.1 else "gets a fifth"
+    return "gets a fifth" if is_new else "waits"
 
 
 FORK = """
@@ -610,7 +619,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     def make(folder: Path) -> None:
         command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html"]
-        result = subprocess.run([*command, str(DOCS), str(folder)], capture_output=True, text=True, timeout=300)
+        result = subprocess.run([*command, str(DOCS), str(folder)], capture_output=True, text=True, timeout=1800)
         assert result.returncode == 0, result.stderr
 
     folder = made_once(tmp_path_factory, "html", make)

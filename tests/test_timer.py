@@ -68,8 +68,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def idle_timer(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MaintenanceTimer:
-    """A timer whose thread does nothing: the test calls `run_due`."""
-    monkeypatch.setattr(MaintenanceTimer, "_run", lambda self: None)
+    """A timer without a thread: the test calls `run_due`."""
+    monkeypatch.setattr(MaintenanceTimer, "_start", lambda self: None)
     return MaintenanceTimer(clock)
 
 
@@ -222,12 +222,15 @@ class TestReferences:
 
 
 class TestThread:
-    def test_there_is_none_before_there_is_a_pool(self) -> None:
+    def test_there_is_none_before_there_is_a_pool(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Pitfall 19."""
-        before = timer_threads()  # now: the pools of other tests may end theirs, and begin one, at any time
+        started: list[object] = []
+        monkeypatch.setattr(MaintenanceTimer, "_start", lambda self: started.append(self))
         timer = MaintenanceTimer()
         assert not timer.is_running
-        assert timer_threads() == before
+        assert started == []
+        timer.watch(Fake(None))
+        assert started == [timer]
 
     def test_is_a_daemon_with_a_name_and_works_in_real_time(self, timer: MaintenanceTimer) -> None:
         pool = Fake(0.0, 0.0, None)
@@ -397,7 +400,7 @@ class TestRealPools:
     def test_no_thread_is_there_before_the_first_connection(self, make_pool: MakePool, timer: MaintenanceTimer) -> None:
         """Pitfall 19."""
         pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, prune_interval=0.05)
-        assert timer_threads() == BEFORE
+        assert not timer.is_running
         pool.putconn(pool.getconn())
         eventually(lambda: timer.is_running)
         pool.closeall()

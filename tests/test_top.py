@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import termios
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -71,6 +73,7 @@ class TestOnce:
 
     def test_who_holds_what(self, url: str, pool: Any, request_name: str, capsys: Any, monkeypatch: Any) -> None:
         monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr("zpgpool.monitor.snapshot.LOOK", 20.0)
         conn = pool.getconn()
         assert main(["top", url + "json?x#y", "--once"]) == 0
         text = capsys.readouterr().out
@@ -201,5 +204,14 @@ def test_it_is_live_until_it_is_interrupted(pool: Any) -> None:
             raise
     eventually(lambda: "no answer" in text())
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+
+    def has_ended() -> bool:
+        """Read on meanwhile: who writes to a terminal that nobody reads must wait."""
+        with suppress(OSError):
+            if select.select([ours], [], [], 0)[0]:
+                os.read(ours, 1 << 16)
+        return process.poll() is not None
+
+    eventually(has_ended)
+    assert process.returncode == 0
     os.close(ours)

@@ -120,7 +120,7 @@ def test_the_mistake_is_found_and_no_other(tmp_path: Path, checker: str) -> None
         [wrong[name]] = [number for number, line in enumerate(lines, 1) if "  # WRONG: " in line]
     files = [f"{name}_program.py" for name in PROGRAMS]
     command = [sys.executable, "-m", *CHECKERS[checker], sys.executable, *files]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1800)
     errors = {line.partition(" error")[0].rpartition("/")[2] for line in result.stdout.splitlines() if " error" in line}
     places = {":".join(error.split(" ")[0].split(":")[:2]) for error in errors if "_program.py:" in error}
     assert places == {f"{name}_program.py:{line}" for name, line in wrong.items()}, result.stdout + result.stderr

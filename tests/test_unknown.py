@@ -185,17 +185,6 @@ def test_other_processes_that_are_asked_that_are_frozen_and_that_were_killed(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     with serving(folder, dsn, "--threads=16", workers=2) as site:
-        calls: list[Call] = []
-
-        def held() -> dict[int, int]:
-            """Return the process of each backend: requests go where the kernel likes."""
-            if len(calls) < 12:
-                calls.append(Call(site.get, f"/hold/{len(calls)}?sql=SELECT+pg_sleep(600)"))
-            holders = site.whole()["pools"][0]["holders"]
-            owners = {each["backend_pid"]: each["process"] for each in holders if each["backend_pid"]}
-            return owners if len(set(owners.values())) == 2 else {}
-
-        eventually(held)
 
         def look(timeout: float = 30) -> dict[str, Any]:
             """Return what a process says that is not the stopped one."""
@@ -203,6 +192,17 @@ def test_other_processes_that_are_asked_that_are_frozen_and_that_were_killed(
                 return dict(json.loads(site.get("/status/json", timeout)))
             return {}
 
+        calls = [Call(site.get, "/hold/0?sql=SELECT+pg_sleep(600)")]
+        [first] = eventually(site.sleepers)
+        os.kill(first["process"], signal.SIGSTOP)  # requests go where the kernel likes: this one to the other process
+        try:
+            calls.append(Call(site.get, "/hold/1?sql=SELECT+pg_sleep(600)"))
+            eventually(
+                lambda: (seen := look(1)) and "GET /hold/1" in [each["request"] for each in seen["pools"][0]["holders"]]
+            )
+        finally:
+            os.kill(first["process"], signal.SIGCONT)
+        eventually(lambda: len(site.sleepers()) == 2)
         with closing(psycopg2.connect(dsn)) as stray:
             pids = eventually(
                 lambda: (

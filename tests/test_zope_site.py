@@ -32,7 +32,7 @@ CONFIGURE = f"""<configure
   <include package="zpgpool.zsql" />
   <zpgpool:pool name="main" dsn="ENV:BOOKS_DSN" maxconn="4" />
   <zpgpool:pool name="reader" dsn="ENV:BOOKS_DSN" maxconn="4" readonly="true" />
-  <zpgpool:pool name="side" class="threaded" dsn="ENV:BOOKS_DSN" maxconn="2" timeout="0.2" />
+  <zpgpool:pool name="side" class="threaded" dsn="ENV:BOOKS_DSN" maxconn="2" timeout="2" />
   <zpgpool:pool name="absent" host="127.0.0.1" port="{free_port()}" timeout="1" outage_wait="0" />
   <browser:page for="site_pages.Trouble" name="index.html" class="site_pages.TroubleView" permission="zope2.Public" />
   {

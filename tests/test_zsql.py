@@ -184,7 +184,8 @@ def manager() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("manager")
-def test_an_object_whose_pool_is_not_there(folder: Any, pool: Any) -> None:
+def test_an_object_whose_pool_is_not_there(folder: Any, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zpgpool.zsql.PATIENCE", 20.0)
     assert folder.db.connected()
     assert folder.db.title_or_id() == "The database (connected)"
     assert folder.db.title_and_id() == "The database (db), which is connected"
