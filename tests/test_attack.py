@@ -510,6 +510,24 @@ class TestOneOwner:
             pool.putconn(conn)
 
 
+#: Until all other threads sleep, and stay asleep. A fork while one has a lock, or wants the interpreter's, leaves
+#: the child a lock that nobody gives back.
+AT_REST = """
+def asleep():
+    try:
+        told = [open(f"/proc/self/task/{task}/status").read() for task in os.listdir("/proc/self/task")]
+    except FileNotFoundError:
+        return None
+    mine = f"Pid:\\t{threading.get_native_id()}\\n"
+    told = [text[text.index("State:"):].splitlines() for text in told if mine not in text]
+    states = [(lines[0][7], lines[-2:]) for lines in told]  # the last two count how often it has run
+    return None if any(state != "S" for state, _ in states) else states
+seen = None
+while seen is None or asleep() != seen:
+    seen = asleep()
+    threading.Event().wait(0.2)
+"""
+
 C_FORK = """
 import ctypes, os, sys, threading
 import zpgpool
@@ -517,7 +535,7 @@ pool = getattr(zpgpool, {kind!r})(1, 2, {dsn!r}, idle_timeout=60)
 conn = pool.getconn()
 before = conn.info.backend_pid
 pool.putconn(conn)
-threading.Event().wait(0.05)
+{at_rest}
 pid = ctypes.PyDLL(None).fork()  # as C code does: Python's hooks do not run
 if pid == 0:
     conn = pool.getconn()
@@ -540,7 +558,7 @@ import ctypes, os, sys, threading
 import zpgpool
 pool = zpgpool.ThreadedConnectionPool(1, 2, {dsn!r}, idle_timeout=60)
 pool.putconn(pool.getconn())
-threading.Event().wait(0.05)
+{at_rest}
 pid = ctypes.PyDLL(None).fork()
 if pid == 0:
     def use_stack(depth):
@@ -559,7 +577,7 @@ sys.exit(os.waitpid(pid, 0)[1] != 0)
 class TestOwnProcess:
     def test_where_the_threads_are_is_not_looked_for_on_stacks_of_others(self, dsn: str) -> None:
         """CPython since 3.11: SIGSEGV, in a child of C code, of whatever lists holders or waiters."""
-        result = subprocess.run([sys.executable, "-c", REPORT_IN_C_FORK.format(dsn=dsn)], timeout=60)
+        result = subprocess.run([sys.executable, "-c", REPORT_IN_C_FORK.format(dsn=dsn, at_rest=AT_REST)], timeout=60)
         assert result.returncode == 0
 
     def test_a_line_that_is_not_known_is_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,7 +589,7 @@ class TestOwnProcess:
 
     @pytest.mark.parametrize("factory", SHARED)
     def test_a_fork_that_runs_no_hooks(self, dsn: str, factory: Any) -> None:
-        script = C_FORK.format(kind=factory.__name__, dsn=dsn)
+        script = C_FORK.format(kind=factory.__name__, dsn=dsn, at_rest=AT_REST)
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr
 
