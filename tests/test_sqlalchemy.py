@@ -374,7 +374,9 @@ class TestInvalidation:
             after = {backend(conn), backend(other)}
         assert not after & before
         assert sorted(new) == sorted(after)  # each is announced, once
-        assert outside.backends() == after
+        # One more may have been opened for a checkout that a return has served meanwhile.
+        assert after <= outside.backends()
+        eventually(lambda: not outside.backends() & before)
         all_is_well(pool, outside)
 
     def test_invalidating_in_the_middle_of_a_query(self, engine: Any, pool: Any, outside: Outside) -> None:
