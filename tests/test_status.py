@@ -8,6 +8,7 @@ import json
 import random
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -371,9 +372,10 @@ class TestWithoutTheServer:
         pool = make_pool(zpgpool.PersistentConnectionPool, 0, 4, dsn=own_server.dsn, idle_timeout=600, timeout=20)
         zpgpool.register_pool(pool)
         app = StatusApp()
-        calls = [Call(hold_for_a_while, pool, path) for path in PATHS]
+        is_over = threading.Event()
+        calls = [Call(hold_until, is_over, pool, path) for path in PATHS]
         eventually(lambda: len(pool.holders()) == 4)
-        waiter = Call(hold_for_a_while, pool, "/late", 0)
+        waiter = Call(hold_until, is_over, pool, "/late")
         eventually(pool.waiters)
         own_server.halt()
         try:
@@ -389,6 +391,7 @@ class TestWithoutTheServer:
             assert "Without what the server says" in text
             assert "GET /a" in text
         finally:
+            is_over.set()
             own_server.launch()
             for call in [*calls, waiter]:
                 call.result()
@@ -443,11 +446,11 @@ class TestWithoutTheServer:
         pool.putconn()
 
 
-def hold_for_a_while(pool: Any, path: str, sleep: float = 3) -> None:
+def hold_until(is_over: threading.Event, pool: Any, path: str) -> None:
     def application(environ: Any, start_response: Any) -> list[bytes]:
         get_connection(environ)
         start_response("200 OK", [])
-        time.sleep(sleep)
+        is_over.wait(60)
         return []
 
     try:
