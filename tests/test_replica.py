@@ -1115,7 +1115,6 @@ def test_an_idle_primary_is_not_far_ahead(make_main: Any, level: Pair) -> None:
     known = lag_of(pools()[1])
     assert known is not None
     old = "SELECT now() - pg_last_xact_replay_timestamp() > '1s'"
-
     # A vacuum of the server's own commits, too.
     eventually(lambda: is_level(known) and level.ask(level.standby, old) is not False, 20)
 

@@ -234,12 +234,12 @@ def test_four_workers_behind_one_port(folder: Path, dsn: str, options: list[str]
         os.kill(stopped, signal.SIGSTOP)
         try:
             took: list[float] = []
-            for tries in range(20):
-                if took and tries >= 10:
+            for timeout in [0.6] * 10 + [5.0] * 10:
+                if took and timeout > 1:  # the patient ones are for a machine on which none of the others was served
                     break
                 start = time.monotonic()
                 try:
-                    shown = json.loads(site.get("/status/json", 0.6 if tries < 10 else 5))
+                    shown = json.loads(site.get("/status/json", timeout))
                 except (TimeoutError, URLError):  # the stopped worker had taken it
                     continue
                 took.append(time.monotonic() - start)
@@ -332,7 +332,7 @@ def test_where_all_ended_in_order_the_sums_are_the_clients(folder: Path, dsn: st
         site.server.send_signal(signal.SIGHUP)  # new workers in the place of all
         old = set(site.processes())
         eventually(lambda: len(now := set(site.processes())) == 3 and not old & now, 30)
-        eventually(lambda: site.counted() == done)
+        assert eventually(site.counted) == done  # at the first answer: none is counted late
 
 
 def test_a_site_that_nobody_asks_writes_nothing(folder: Path, dsn: str) -> None:
