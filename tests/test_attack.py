@@ -516,7 +516,7 @@ AT_REST = """
 def asleep():
     try:
         told = [open(f"/proc/self/task/{task}/status").read() for task in os.listdir("/proc/self/task")]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # one has ended before it was opened, or before it was read
         return None
     mine = f"Pid:\\t{threading.get_native_id()}\\n"
     told = [text[text.index("State:"):].splitlines() for text in told if mine not in text]

@@ -110,6 +110,21 @@ def test_a_connect_that_fails(dsn: str, told: list[Any]) -> None:
     eventually(lambda: pool.get_stats()["pool_size"] == 0)  # the waiter is told first
 
 
+def test_who_may_not_wait_waits_for_those_who_are_told_first(make_pool: MakePool) -> None:
+    """Real time: a slow subscriber, and a connection that is open already, but nobody's yet."""
+
+    def take_time(event: object) -> None:
+        if interfaces.IConnectionOpened.providedBy(event):
+            time.sleep(0.3)
+
+    pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 1, timeout=0)
+    zope.event.subscribers.append(take_time)
+    try:
+        pool.putconn(pool.getconn())
+    finally:
+        zope.event.subscribers.remove(take_time)
+
+
 def test_a_hook_that_fails_is_no_connect_that_does(make_pool: MakePool, told: list[Any]) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool, configure=lambda conn: 1 / 0)
     with pytest.raises(ZeroDivisionError):

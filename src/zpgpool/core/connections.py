@@ -111,7 +111,7 @@ class Connections(IdleConnections):
                 return None
             now = monotonic()
             if self._is_fit(entry, now, until if timeout > 0 else NEVER):
-                entry.since, entry.look_at, entry.is_new = now, now + self.moment, False
+                entry.since, entry.look_at = now, now + self.moment
                 return entry
             if timeout > 0 and monotonic() >= until:
                 return None
@@ -158,8 +158,10 @@ class Connections(IdleConnections):
         """
         if self.backoff.is_young:
             return math.inf
-        states = [slot.state for slot in self.handoff.slots]
-        coming = states.count(CONNECTING)
+        slots = self.handoff.slots
+        states = [slot.state for slot in slots]
+        # One that is open already, and not parked yet, too: while subscribers are told of it, which may take a while.
+        coming = sum(slot.is_new and slot.state in (CONNECTING, OPEN) for slot in slots)
         if coming:  # and when that one has shown that the server is there, as many as there is room for
             coming += self.handoff.limit - len(states)
         if monotonic() < start + PING:
@@ -171,6 +173,7 @@ class Connections(IdleConnections):
         settings, rested = self.settings, now - entry.since
         # A new one is for its first user even where the pool was drained meanwhile: otherwise there might be no end.
         is_fresh = entry.is_new and rested < FIRST_USE
+        entry.is_new = False
         is_over = now >= entry.expires and not is_fresh
         if is_over or (settings.idle_timeout and rested > settings.idle_timeout):
             self.discard_later(entry, "too old")
