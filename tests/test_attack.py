@@ -357,7 +357,7 @@ class TestHooks:
         assert stats["requests_queued"] == (9 if timeout else 0)
         is_well = True
         eventually(lambda: not pool._connections.backoff.is_on)
-        pool.putconn(pool.getconn())
+        pool.putconn(pool.getconn(timeout=20))
 
     @both
     def test_a_timeout_waits_for_a_check_that_passes(self, make_pool: MakePool, factory: Any) -> None:

@@ -610,11 +610,26 @@ def test_idle_connections_are_replaced_at_once_where_there_is_no_room(make_pool:
 class TestWhatTwoThreadsRarelyDo:
     """Single steps, as another thread would meet them."""
 
+    def test_no_connection_is_opened_for_who_has_one(self, make_pool: MakePool) -> None:
+        """The ticket is answered, and not out of the queue yet; or what was parked is not given to it yet."""
+        pool = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60, timer=None)
+        handoff, opener = pool._connections.handoff, pool._connections.opener
+        pool.putconn(pool.getconn())
+        handoff.queue.append(Ticket(0.0, math.inf))
+        opener.fill()
+        [(key, entry)] = pool._parked.items()
+        del pool._parked[key]
+        handoff.queue[0].settle(entry)
+        opener.fill()
+        assert len(handoff) == 1
+        handoff.queue.clear()
+        handoff.park(key, entry)
+
     def test_what_is_judged_for_long_is_not_waited_for(self, pool: Any) -> None:
         _, entry = parked(pool)
         entry.state = CLOSING
-        coming = pool._connections._coming
-        assert coming(time.monotonic()) - coming(-math.inf) == 1
+        assert pool._connections._coming(time.monotonic()) == 1
+        assert pool._connections._coming(-math.inf) == 0
         entry.state = OPEN
 
     def test_a_ticket_that_has_just_left_the_queue(self, pool: Any) -> None:

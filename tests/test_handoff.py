@@ -10,8 +10,10 @@ import pytest
 from conftest import Call
 from conftest import eventually
 from zpgpool.core.handoff import Closed
+from zpgpool.core.handoff import CONNECTING
 from zpgpool.core.handoff import Handoff
 from zpgpool.core.handoff import OPEN
+from zpgpool.core.handoff import PUBLISHING
 from zpgpool.core.handoff import QueueFull
 from zpgpool.core.handoff import Slot
 from zpgpool.core.handoff import Ticket
@@ -88,6 +90,39 @@ class TestWithoutWaiting:
         handoff.park("a", first)
         handoff.park("a", second)
         assert handoff.parked == {"a": first, second: second}
+
+    def test_a_new_one_is_parked_in_the_step_in_which_it_is_no_longer_coming(self) -> None:
+        handoff = new(1)
+        slot = filled(handoff)
+        seen = []
+
+        class Lock:
+            """Of its holder's steps the others see what there is before the first, and after the last."""
+
+            def __enter__(self) -> None:
+                seen.append((slot.is_coming, slot in handoff.parked.values()))
+
+            def __exit__(self, *exc_info: object) -> None:
+                self.__enter__()
+
+        handoff._lock = Lock()
+        for state in (CONNECTING, PUBLISHING):
+            slot.state = state
+            handoff.publish(slot)
+            assert seen == [(True, False), (False, True)]
+            assert handoff.take() is slot
+            seen.clear()
+
+    def test_who_may_not_wait_gets_what_came_in_the_last_moment(self) -> None:
+        handoff = new(1)
+        slot = filled(handoff)
+
+        def coming() -> int:
+            handoff.parked[slot] = slot  # by another thread, which will serve the queue next
+            return 0
+
+        assert handoff.get(until=0, coming=coming, clock=Clock()) is slot
+        assert not handoff.queue
 
     def test_a_vacated_place_is_room(self) -> None:
         handoff = new(1)

@@ -182,7 +182,7 @@ def recycled(site: Any, outside: Outside) -> str:
         insert(site, 1)
         return threading.get_ident()
 
-    def look() -> str:
+    def look(ident: int) -> str:
         together.wait(10)
         if threading.get_ident() != ident:
             return ""
@@ -192,12 +192,12 @@ def recycled(site: Any, outside: Outside) -> str:
 
     insert(site, 2)  # whatever starts with the first connection has its number
     transaction.abort()
-    ident = in_thread(die)
-    if isinstance(site, Ours):
-        site.pool.run_maintenance(time.monotonic())
 
     def among_all() -> str:
-        calls = [Call(look) for _ in range(together.parties)]
+        ident = in_thread(die)  # each time: the system gives away the numbers that came free last
+        if isinstance(site, Ours):
+            site.pool.run_maintenance(time.monotonic())
+        calls = [Call(look, ident) for _ in range(together.parties)]
         return "".join(call.result() for call in calls)
 
     return str(eventually(among_all))

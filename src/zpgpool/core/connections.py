@@ -34,6 +34,7 @@ from .handoff import CLOSING
 from .handoff import CONNECTING
 from .handoff import Handoff
 from .handoff import OPEN
+from .handoff import PUBLISHING
 from .handoff import RETURNING
 from .hangup import cut_late
 from .hangup import hang_up
@@ -111,7 +112,7 @@ class Connections(IdleConnections):
                 return None
             now = monotonic()
             if self._is_fit(entry, now, until if timeout > 0 else NEVER):
-                entry.since, entry.look_at = now, now + self.moment
+                entry.since, entry.look_at, entry.is_new = now, now + self.moment, False
                 return entry
             if timeout > 0 and monotonic() >= until:
                 return None
@@ -154,18 +155,17 @@ class Connections(IdleConnections):
         """Return how many connections will come, so that a checkout with `timeout=0` stays in the queue for its own.
 
         It waits for a connect as long as that takes, as psycopg2 does. It waits for a connection that is being judged,
-        or closed, only until PING after `start`: that may hang.
+        closed, or published, only until PING after `start`: that may hang.
         """
         if self.backoff.is_young:
             return math.inf
-        slots = self.handoff.slots
-        states = [slot.state for slot in slots]
-        # One that is open already, and not parked yet, too: while subscribers are told of it, which may take a while.
-        coming = sum(slot.is_new and slot.state in (CONNECTING, OPEN) for slot in slots)
+        with self.lock:
+            states = [slot.state for slot in self.handoff.slots]
+        coming = states.count(CONNECTING)
         if coming:  # and when that one has shown that the server is there, as many as there is room for
             coming += self.handoff.limit - len(states)
         if monotonic() < start + PING:
-            coming += states.count(CHECKING) + states.count(CLOSING)
+            coming += states.count(PUBLISHING) + states.count(CHECKING) + states.count(CLOSING)
         return coming
 
     def _is_fit(self, entry: Entry, now: float, until: float) -> bool:
@@ -173,7 +173,6 @@ class Connections(IdleConnections):
         settings, rested = self.settings, now - entry.since
         # A new one is for its first user even where the pool was drained meanwhile: otherwise there might be no end.
         is_fresh = entry.is_new and rested < FIRST_USE
-        entry.is_new = False
         is_over = now >= entry.expires and not is_fresh
         if is_over or (settings.idle_timeout and rested > settings.idle_timeout):
             self.discard_later(entry, "too old")
@@ -214,12 +213,12 @@ class Connections(IdleConnections):
         elif lifetime:
             entry.expires = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
             self.remember_end(entry)
-        entry.state, entry.since = OPEN, monotonic()
+        entry.state, entry.since = PUBLISHING, monotonic()
         self.count(connections_num=1, connections_ms=seconds * 1000)
         try:
             self._notifier.opened(entry, seconds)
         finally:
-            self.handoff.park(entry, entry)
+            self.handoff.publish(entry)
             self.after_return()
 
     def note_failure(self, error: BaseException) -> None:

@@ -137,7 +137,7 @@ class Entry(Slot):
     checkout: weakref.ref[LifeToken] | None
     #: The ticket for which it was opened, which gets the error if that fails.
     waiter: Ticket[Entry] | None
-    #: Whether no checkout has taken it yet.
+    #: Whether it has had no user yet.
     is_new: bool
     #: Whether another thread closes it: it counts as a slot still, but will not stay.
     is_leaving: bool
@@ -168,7 +168,6 @@ class Entry(Slot):
         self.sharers = ()
         self.waiter = self.checkout = None
         self.is_leaving = self.is_cut = False
-        self.is_new = True
 
     @property
     def has_checkout(self) -> bool:
@@ -195,6 +194,7 @@ class Entry(Slot):
         refuses_writes -- whether the server was asked to refuse writes; not all do so, and tell.
         """
         self.since = now
+        self.is_new = True
         self.expires = NEVER
         self.look_at = NEVER_YET
         # A connect takes several answers of the server: a slow network is no reason to take it for dead.

@@ -38,7 +38,7 @@ STAY = 0.05
 
 #: The states of a slot. Whether an open one is idle or in use is no state: rule 1 says where it is, and a checkout
 #: that wrote it twice would cost more (measured: 8 of 250 ns).
-CONNECTING, OPEN, CHECKING, RETURNING, CLOSING = range(5)
+CONNECTING, PUBLISHING, OPEN, CHECKING, RETURNING, CLOSING = range(6)
 
 
 class Slot:
@@ -55,7 +55,12 @@ class Slot:
     @property
     def is_open(self) -> bool:
         """Whether it has a connection that may still serve a waiter."""
-        return self.state in (OPEN, CHECKING, RETURNING)
+        return self.state in (PUBLISHING, OPEN, CHECKING, RETURNING)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is on its way to its first user."""
+        return self.state in (CONNECTING, PUBLISHING)
 
 
 S = TypeVar("S", bound=Slot)
@@ -146,16 +151,28 @@ class Handoff(Generic[S]):
     def reserve(self, may_fill: Callable[[int], bool] = lambda filling: True) -> S | None:
         """Return a new slot, or None when there is no room for one.
 
-        may_fill -- says whether one more may be filled while so many are. Asked under the lock: it must not block.
+        may_fill -- says whether one more may be filled while so many are coming. Asked under the lock: it must not
+            block.
         """
         with self._lock:
             if self.is_closed or len(self._refs) >= self.limit:
                 return None
-            if not may_fill(sum(slot.state == CONNECTING for slot in self.slots)):
+            if not may_fill(sum(slot.is_coming for slot in self.slots)):
                 return None
             slot = self._make()
             self._refs.add(weakref.ref(slot))
             return slot
+
+    def publish(self, slot: S) -> None:
+        """Park a new slot, or give it to the first waiter.
+
+        It is parked in the same step in which it is no longer coming: who counts both under the lock misses it nowhere.
+        """
+        with self._lock:
+            slot.state = OPEN
+            self.parked[slot] = slot
+        if self.queue:
+            self.serve()
 
     def free(self, slot: S) -> bool:
         """Turn `slot` into room; False when another thread has done so."""
@@ -269,7 +286,7 @@ class Handoff(Generic[S]):
         with self._lock:
             if max_waiting is not None:
                 # A waiter that a new slot will serve waits for no other thread.
-                room = self.limit - len(self._refs) + sum(slot.state == CONNECTING for slot in self.slots)
+                room = self.limit - len(self._refs) + sum(slot.is_coming for slot in self.slots)
                 coming = room if has_room else 0
                 if len(self.queue) - coming >= max_waiting:
                     raise QueueFull
@@ -290,6 +307,8 @@ class Handoff(Generic[S]):
                 except ValueError:  # it has just been answered
                     return
                 if soon <= ahead:
+                    if self.parked:  # it was coming when we served, and is no more
+                        self.serve()
                     return
                 rest = STAY
             rest = min(rest, LOOK_AGAIN)

@@ -86,7 +86,7 @@ class Opener:
     @property
     def under_way(self) -> int:
         """How many connects are under way. Counted each time: an exception may break off what would keep a number."""
-        return sum(slot.state == CONNECTING for slot in self.handoff.slots)
+        return sum(slot.is_coming for slot in self.handoff.slots)
 
     def fill(self) -> float | None:
         """Open connections until one is on its way for each waiter, as far as there is room.
@@ -96,7 +96,9 @@ class Opener:
         waiter: list[Ticket[Entry]] = []
 
         def may_fill(connecting: int) -> bool:
-            waiting = list(self.handoff.queue)
+            if self.handoff.parked:  # just now: who has parked it serves the queue next
+                return False
+            waiting = [ticket for ticket in list(self.handoff.queue) if not ticket.is_settled]
             waiter[:] = waiting[connecting:] or waiting
             is_wanted = connecting < len(waiting) or self.backoff.is_hanging
             return bool(waiting) and is_wanted and self.backoff.may_connect(connecting)
