@@ -80,7 +80,8 @@ def level(pair: Pair) -> Iterator[Pair]:
         if not server.is_running:
             server.launch()
     pair.ask(pair.standby, "SELECT pg_wal_replay_resume()")
-    wal = pair.ask(pair.primary, "SELECT pg_current_wal_lsn()")
+    # A commit: what is not committed is sent in whole pages, the last record of which cannot be replayed.
+    wal = pair.ask(pair.primary, "SELECT pg_logical_emit_message(true, '', '')", "SELECT pg_current_wal_lsn()")
     eventually(lambda: pair.ask(pair.standby, f"SELECT pg_last_wal_replay_lsn() >= '{wal}'"), 60)
     # A standby that has just connected again counts as behind by the age of its last commit, until it streams.
     eventually(lambda: pair.ask(pair.standby, "SELECT status = 'streaming' FROM pg_stat_wal_receiver"), 60)
@@ -1117,6 +1118,20 @@ def test_an_idle_primary_is_not_far_ahead(make_main: Any, level: Pair) -> None:
     old = "SELECT now() - pg_last_xact_replay_timestamp() > '1s'"
     # A vacuum of the server's own commits, too.
     eventually(lambda: is_level(known) and level.ask(level.standby, old) is not False, 20)
+
+
+def test_half_a_record_is_not_waited_for(make_main: Any, level: Pair) -> None:
+    make_main()
+    known = lag_of(pools()[1])
+    assert known is not None
+    with closing(psycopg2.connect(level.primary.dsn)) as writer, writer.cursor() as cursor:
+        cursor.execute("INSERT INTO notes (text) SELECT repeat('x', 1000) FROM generate_series(1, 100)")
+        # Its last page is sent when a commit fills it, and nobody commits.
+        is_half = "SELECT mod(pg_last_wal_receive_lsn() - '0/0', 8192) = 0"
+        is_half += " AND pg_last_wal_receive_lsn() > pg_last_wal_replay_lsn()"
+        eventually(lambda: level.ask(level.standby, is_half), 20)
+        eventually(lambda: is_level(known))
+        assert level.ask(level.standby, is_half)
 
 
 def test_who_no_longer_receives_falls_behind(make_main: Any, level: Pair) -> None:

@@ -55,11 +55,14 @@ WAIT = 1.0
 STALE = EVERY + LOOK + 1.0
 
 #: A role that has no right to see the receiver's state (pg_read_all_stats) sees that there is one, which ends with its
-#: connection. What was received is read first: what is replayed goes on meanwhile.
+#: connection. What was received is read first: what is replayed goes on meanwhile. More may be received than can be
+#: replayed: the primary sends what it has not committed in whole pages, whose last record is half a one, and the other
+#: half with its next commit (measured: up to 20 s later). Then the recovery waits for it, as who has that right sees.
 QUESTION = """
 SET LOCAL statement_timeout = '1s';
 SELECT pg_is_in_recovery(),
-       coalesce(pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn(), false)
+       (coalesce(pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn(), false)
+        OR EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'startup' AND wait_event = 'RecoveryWalStream'))
        AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE coalesce(status, 'streaming') = 'streaming'),
        extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8
 """
