@@ -130,7 +130,7 @@ def app(environ: Any, start_response: Any) -> list[bytes]:
     text = {
         "/write": "INSERT INTO notes (text) VALUES ('x') RETURNING 'written'",
         "/count": "SELECT count(*)::text FROM notes",
-        "/slow": f"SELECT pg_sleep(1); {WHERE}",
+        "/slow": f"SELECT pg_sleep(60) WHERE pg_is_in_recovery(); {WHERE}",  # on the standby: until something ends it
     }.get(environ["PATH_INFO"], WHERE)
     answer = run(conn, text).encode()
     conn.commit()
