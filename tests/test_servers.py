@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg2
@@ -51,6 +52,8 @@ def app(environ, start_response):
         [(_, echo)] = cursor.fetchall()
     if path == "/late":
         return [b"right"]
+    if path == "/process":
+        echo = str(os.getpid())
     if path == "/rows":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return rows(environ)
@@ -77,6 +80,9 @@ SERVERS = {
     "--http-timeout=30 --module=shop",
     "mod_wsgi": "",
 }
+
+#: How many processes they have, where these are several.
+PROCESSES = {"gunicorn": 2, "gunicorn-preload": 2, "uwsgi": 2, "mod_wsgi": 2}
 
 APACHE = """
 ServerRoot {folder}
@@ -132,8 +138,17 @@ def port(
         assert status == 200, body
         return True
 
+    processes: set[str] = set()
+
+    def are_all_up() -> bool:
+        """Whether each process has made its pool, which none can while PostgreSQL is stopped."""
+        with ThreadPoolExecutor(8) as clients, suppress(OSError):
+            processes.update(body for _, _, body in clients.map(lambda _: ask(port, "/process", 2), range(8)))
+        return len(processes) >= PROCESSES.get(name, 1)
+
     try:
         eventually(is_up, 60)
+        eventually(are_all_up, 60)
         if name == "uwsgi":  # else a worker may wait for ever for a thread that only the master has
             assert len(os.listdir(f"/proc/{server.pid}/task")) == 1
         yield port
