@@ -283,6 +283,10 @@ def in_thread(function: Callable[..., Any], *args: Any) -> Any:
     return Call(function, *args).result()
 
 
+class Environ(dict[str, Any]):
+    """A request's environ that can be referred to weakly."""
+
+
 class Call:
     """A call that runs in a thread of its own."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import logging
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,9 +27,11 @@ from pyramid.config import Configurator
 from pyramid.response import Response
 from transaction.interfaces import TransientError
 from webtest import TestApp
+from webtest import TestRequest
 
 import zpgpool
 from conftest import Call
+from conftest import Environ
 from conftest import eventually
 from conftest import is_within
 from conftest import run
@@ -215,6 +219,22 @@ def test_a_header_asks_for_the_primary(make_main: Any) -> None:
     make_main()
     assert site().get("/", headers=HEADER).text == "primary"
     assert site().get("/", headers={"Zpgpool-Primary": "0"}).text == "standby"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", ["/", "/write"])
+def test_nothing_of_a_request_waits_for_the_collector(make_main: Any, kind: Any, path: str) -> None:
+    make_main(kind)
+    middleware: Any = PoolMiddleware(app, name="main")
+    environ = Environ(TestRequest.blank(path).environ)
+    ref = weakref.ref(environ)
+    gc.disable()
+    try:
+        middleware(environ, lambda *args: None)
+        del environ
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_eager(make_main: Any) -> None:

@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ import zpgpool
 import zpgpool.request.lease
 from conftest import Call
 from conftest import DEFAULTS
+from conftest import Environ
 from conftest import eventually
 from conftest import in_thread
 from conftest import KINDS
@@ -1308,6 +1310,59 @@ class TestAfterTheEnd:
         with pytest.raises((zpgpool.PoolError, StopIteration)):
             next(body)
         assert pool.holders() == []
+
+
+def forgetful(environ: Any, start_response: Any) -> Any:
+    """Stream, and keep nothing."""
+    return Streams()(environ, start_response)
+
+
+def loses_once() -> Callable[..., Any]:
+    """Return an application whose first request loses its connection, so that it begins again."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            run(get_connection(environ), "SELECT pg_terminate_backend(pg_backend_pid())")
+        return page(environ, start_response)
+
+    return app
+
+
+class TestNothingWaitsForTheCollector:
+    """An environ has the request's body, and an upload may be large: it goes when the request has ended."""
+
+    @pytest.fixture(autouse=True)
+    def no_collections(self) -> Iterator[None]:
+        gc.collect()
+        gc.disable()
+        yield
+        gc.enable()
+
+    def is_left(self, site: Any) -> bool:
+        environ = Environ(make_environ())
+        ref = weakref.ref(environ)
+        serve(site, environ)
+        del environ
+        return ref() is not None
+
+    @every_kind
+    @pytest.mark.parametrize("eager", [False, True])
+    @pytest.mark.parametrize("app", [page, forgetful, late])
+    def test_a_request(self, pool: Any, eager: bool, app: Any) -> None:
+        assert not self.is_left(PoolMiddleware(app, pool, eager=eager))
+        assert is_healthy_and_idle(pool)
+
+    @every_kind
+    def test_one_that_begins_again(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("zpgpool.wsgi.log.disabled", True)  # a test's log keeps each error, with its frames
+        assert not self.is_left(PoolMiddleware(loses_once(), pool))
+        assert is_healthy_and_idle(pool)
+
+    @every_kind
+    def test_one_within_another(self, pool: Any) -> None:
+        assert not self.is_left(PoolMiddleware(PoolMiddleware(page, pool), pool))
 
 
 class TestAbandonedBodies:

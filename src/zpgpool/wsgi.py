@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
+from functools import partial
 from os import getpid
 from time import monotonic
 from typing import cast
@@ -332,26 +333,28 @@ class PoolMiddleware:
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
     def _route(
-        self, environ: WSGIEnvironment, start_response: StartResponse, pool: Pool, before: object
+        self,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+        pool: Pool,
+        before: object,
+        begins_again: bool = False,
     ) -> Iterable[bytes]:
         """Serve a request that only reads from the pool's replica, if that may be read, and every other from the pool.
 
         Who may write gets the cookie; so does who begins again, and may write then.
         """
-        seconds = cast("ManagedPool", pool).settings.primary_after_write
-        frame = sys._getframe()
+        writes = begins_again or may_write(environ)
+        original = dict(environ) if is_safe(environ) and not begins_again else None
+        lease = (self._lease_class if writes else self._lease_to_read)(pool, environ, sys._getframe())
 
-        def serve(writes: bool, original: WSGIEnvironment | None = None) -> Iterable[bytes]:
-            make = self._lease_class if writes else self._lease_to_read
-            lease = make(pool, environ, frame)
+        def hook(headers: Headers) -> Headers:
+            is_writer = writes or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
+            seconds = cast("ManagedPool", pool).settings.primary_after_write
+            return with_write_cookie(headers, environ, seconds) if is_writer else headers
 
-            def hook(headers: Headers) -> Headers:
-                is_writer = writes or (isinstance(lease, ReplicaLease) and lease.has_tried_to_write)
-                return with_write_cookie(headers, environ, seconds) if is_writer else headers
-
-            return self._serve(environ, start_response, lease, before, original, lambda: serve(True), hook)
-
-        return serve(may_write(environ), dict(environ) if is_safe(environ) else None)
+        begin_again = partial(self._route, environ, start_response, pool, before, begins_again=True)
+        return self._serve(environ, start_response, lease, before, original, begin_again, hook)
 
     def _lease_to_read(self, pool: Pool, environ: WSGIEnvironment, frame: FrameType) -> Lease:
         """Return a lease that reads: from the replica, if it may be, by the lease of a filter that serves it, too."""

@@ -308,6 +308,14 @@ class Lease(Work):
             self._hide_connection(*self._shown)
         self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
+        # What names the request, and no more: the two refer to each other, and what the request had, an upload too,
+        # would stay until the next collection of garbage.
+        environ = self.environ
+        self.environ = {
+            "REQUEST_METHOD": environ.get("REQUEST_METHOD", "?"),
+            "SCRIPT_NAME": environ.get("SCRIPT_NAME", ""),
+            "PATH_INFO": environ.get("PATH_INFO", ""),
+        }
         self.is_over = True
 
     def show_connection(self) -> None:
