@@ -15,6 +15,7 @@ import zpgpool
 from conftest import eventually
 from conftest import Outside
 from conftest import run
+from zpgpool.core import set_temporarily
 
 
 MakePool = Callable[..., Any]
@@ -226,6 +227,71 @@ def test_the_next_user_gets_a_fresh_session(
     pool.putconn(conn)
     assert pool.get_stats()["pool_size"] == 1
     assert len(outside.backends()) == 1
+
+
+def told(conn: Any, outside: Outside) -> None:
+    run(conn, "ROLLBACK")  # there is no transaction, as the server warns
+    assert conn.notices
+
+
+def autocommit_left_off(conn: Any, outside: Outside) -> None:
+    conn.autocommit = False
+    open_transaction(conn, outside)
+
+
+SET_TEMPORARILY: list[tuple[Callable[[Any, Outside], None], bool]] = [
+    (nothing, PARKED),
+    (committed_work, PARKED),
+    (told, PARKED),
+    (failed_transaction, PARKED),
+    (autocommit_left_on, PARKED),
+    (autocommit_left_off, PARKED),
+    (isolation_changed, PARKED),
+    (readonly, PARKED),
+    (autocommit_and_isolation, PARKED),
+    (encoding_changed, PARKED),
+    (cursor_factory_changed, PARKED),
+    (copy_out_aborted, CLOSED),
+    (autocommit_and_begin, PARKED),
+    (closed_by_the_user, CLOSED),
+]
+
+
+@pytest.mark.parametrize(("leave", "fate"), SET_TEMPORARILY, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reset": "discard"}, {"isolation_level": "serializable"}, {"autocommit": True}, {"readonly": True}],
+    ids=str,
+)
+def test_autocommit_for_one_request_is_unset(
+    make_pool: MakePool, outside: Outside, factory: Any, leave: Any, fate: bool, options: Any
+) -> None:
+    if "readonly" in options and leave in (autocommit_left_off, autocommit_and_begin):
+        leave = readonly  # they write
+    pool = make_pool(factory, 0, 1, idle_timeout=60, **options)
+    conn = pool.getconn()
+    fresh = fingerprint(conn)
+    set_temporarily(conn, {"autocommit": True})
+    assert conn.autocommit
+    leave(conn, outside)
+    pool.putconn(conn)
+    assert pool.get_stats()["pool_size"] == int(fate)
+    conn = pool.getconn()
+    assert fingerprint(conn) == fresh
+    assert conn.notices == []
+    pool.putconn(conn)
+
+
+def test_what_a_user_has_changed_before_is_restored_as_well(make_pool: MakePool, factory: Any) -> None:
+    pool = make_pool(factory, 0, 1, idle_timeout=60)
+    conn = pool.getconn()
+    fresh = fingerprint(conn)
+    conn.set_client_encoding("LATIN1")
+    set_temporarily(conn, {"autocommit": True})
+    pool.putconn(conn)
+    conn = pool.getconn()
+    assert fingerprint(conn) == fresh
+    pool.putconn(conn)
 
 
 @pytest.mark.parametrize("leave", DISCARDED, ids=lambda value: value.__name__)

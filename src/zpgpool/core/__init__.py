@@ -25,6 +25,7 @@ from .session import is_at_end
 from .session import is_demoted
 from .session import only_reads
 from .session import PLAIN
+from .session import set_temporarily
 from .timer import MaintenanceTimer
 from .timer import timer
 from .transactions import commit
@@ -55,6 +56,7 @@ __all__ = [
     "only_reads",
     "query",
     "refuse_greenlets",
+    "set_temporarily",
     "task",
     "tasks",
     "timer",

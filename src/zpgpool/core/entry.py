@@ -36,6 +36,7 @@ from .session import restore
 from .session import roll_back
 from .session import session_of
 from .session import set_up
+from .session import unset
 from .session import untouch
 
 
@@ -236,6 +237,7 @@ class Entry(Slot):
             if extra == "discard":
                 conn.reset()
                 set_up(conn, settings)
+            unset(conn, self.baseline)
             if is_touched(conn) or self.refuses_writes:  # that may have been undone in SQL
                 forget_messages(conn)
                 if not self.is_clean():

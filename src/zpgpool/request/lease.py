@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from psycopg2.extensions import STATUS_READY
 
 from ..core import BROKEN
+from ..core import set_temporarily
 from ..core import tasks
 from ..core import Work
 from ..errors import PoolClosed
@@ -208,7 +209,7 @@ class Lease(Work):
     def _set(self, conn: Connection) -> Connection:
         """Set the session once: the user may change it after that."""
         if conn is not self._has_set and conn.status == STATUS_READY:
-            conn.set_session(**self.session)
+            set_temporarily(conn, self.session)
             self._has_set = conn
         return conn
 
