@@ -52,10 +52,10 @@ def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("persistent", None, 12),
         ("persistent", True, 11),
-        ("persistent", "safe", 23),
+        ("persistent", "safe", 24),
         ("threaded", None, 18),
         ("threaded", True, 17),
-        ("threaded", "safe", 29),
+        ("threaded", "safe", 33),
     ],
 )
 def test_a_warm_request(make_pool: Any, kind: str, autocommit: Any, most: int) -> None:

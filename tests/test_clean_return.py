@@ -282,6 +282,15 @@ def test_autocommit_for_one_request_is_unset(
     pool.putconn(conn)
 
 
+def test_a_reset_of_the_users_finds_the_session_as_configured(make_pool: MakePool, factory: Any) -> None:
+    seen: list[bool] = []
+    pool = make_pool(factory, 0, 1, idle_timeout=60, reset=lambda conn: seen.append(conn.autocommit))
+    conn = pool.getconn()
+    set_temporarily(conn, {"autocommit": True})
+    pool.putconn(conn)
+    assert seen == [False]
+
+
 def test_what_a_user_has_changed_before_is_restored_as_well(make_pool: MakePool, factory: Any) -> None:
     pool = make_pool(factory, 0, 1, idle_timeout=60)
     conn = pool.getconn()

@@ -13,6 +13,7 @@ from psycopg2.extras import DictCursor
 from psycopg2.extras import LoggingConnection
 
 import zpgpool
+from zpgpool.core import set_temporarily
 from zpgpool.core.entry import Entry
 from zpgpool.core.session import session_of
 from zpgpool.core.session import watched
@@ -68,6 +69,58 @@ def test_whatever_was_changed_is_as_configured_for_the_next(make_pool: MakePool,
     with pool.connection() as conn:
         assert conn is first
         assert session_of(conn) == before
+
+
+def test_autocommit_for_one_request_is_set_by_the_users_own_method(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 1, idle_timeout=60, connection_factory=Counting)
+    with pool.connection() as conn:
+        before = conn.sessions
+        set_temporarily(conn, {"autocommit": True})
+        assert (conn.autocommit, conn.sessions) == (True, before + 1)
+    with pool.connection() as conn:
+        assert not conn.autocommit
+
+
+class Interrupted:
+    """psycopg2's attribute, which waits for another thread before it is set: a fake, as no test can time that."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.meanwhile: Callable[[], object] | None = meanwhile
+
+    def __set__(self, conn: Any, value: bool) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        vars(Connection)["autocommit"].__set__(conn, value)
+
+
+class TestTwoThreads:
+    """Two threads of one request, of which one sets autocommit while the other returns the connection."""
+
+    @pytest.fixture
+    def pool(self, make_pool: MakePool) -> Any:
+        # With a `reset`, a connection rests as configured.
+        return make_pool(zpgpool.PersistentConnectionPool, 1, 1, idle_timeout=60, reset=lambda conn: None)
+
+    def test_what_is_set_too_late_is_noted(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        conn = pool.getconn()
+        monkeypatch.setattr("zpgpool.core.session._AUTOCOMMIT", Interrupted(pool.putconn))
+        set_temporarily(conn, {"autocommit": True})
+        assert (conn.autocommit, conn.is_touched) == (True, True)
+        pool.putconn(pool.getconn())
+        assert (conn.autocommit, conn.is_touched) == (False, False)
+
+    def test_what_is_changed_meanwhile_is_noted(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        conn = pool.getconn()
+        set_temporarily(conn, {"autocommit": True})
+        monkeypatch.setattr(
+            "zpgpool.core.session._AUTOCOMMIT", Interrupted(lambda: setattr(conn, "cursor_factory", DictCursor))
+        )
+        pool.putconn()
+        with pool.connection() as again:
+            assert again is conn
+            assert conn.cursor_factory is None
+            assert not conn.autocommit
 
 
 @pytest.mark.parametrize("how", [*TOUCHES, "reset"])

@@ -1302,6 +1302,28 @@ class TestAfterTheEnd:
                 get_connection(left)
         assert pool.holders() == []
 
+    def test_a_body_gets_no_connection_of_another_filters(self, make_pool: MakePool) -> None:
+        """Pitfall 16: where two filters have one name, `environ` has the outer one's request again in between."""
+        outer = make_pool(zpgpool.ThreadedConnectionPool, 0, 2, idle_timeout=60)
+        inner = make_pool(zpgpool.PersistentConnectionPool, 0, 2, idle_timeout=60)
+        seen: list[str] = []
+
+        def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+            start_response("200 OK", [*TEXT])
+            yield b"one"
+            with pytest.raises(zpgpool.PoolError) as caught:
+                get_connection(environ)
+            seen.append(str(caught.value))
+            yield b"two"
+
+        body: Any = PoolMiddleware(PoolMiddleware(app, inner), outer)(make_environ("/first"), Start())
+        next(body)
+        serve(PoolMiddleware(page, inner))  # the thread's next request, which ends what is left of the inner one
+        next(body)
+        assert seen == ["GET /first: the request has ended, and its connection was returned"]
+        body.close()
+        assert outer.holders() == inner.holders() == []
+
     @every_kind
     def test_a_body_that_is_iterated_after_close_gets_none(self, pool: Any) -> None:
         """Pitfall 16."""
@@ -1721,6 +1743,138 @@ class TestAutocommitSafe:
 
         TestApp(PoolMiddleware(app)).get("/")
         assert seen == [TRANSACTION_STATUS_INTRANS]
+
+
+class TestAutocommitRests:
+    """A connection keeps autocommit after a request that reads, for the next one; nobody else finds it so."""
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @pytest.fixture
+    def pool(self, make_pool: MakePool, kind: str, options: dict[str, Any]) -> Any:
+        return make_pool(KINDS[kind], 0, 1, autocommit="safe", idle_timeout=60, timeout=20, **options)
+
+    @pytest.fixture
+    def site(self, pool: Any) -> PoolMiddleware:
+        return PoolMiddleware(self.app, pool)
+
+    @staticmethod
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        pid = backend(environ)
+        conn = get_connection(environ)
+        is_reading = environ["REQUEST_METHOD"] == "GET"
+        assert conn.autocommit is is_reading
+        assert conn.get_transaction_status() == (TRANSACTION_STATUS_IDLE if is_reading else TRANSACTION_STATUS_INTRANS)
+        start_response("200 OK", [*TEXT])
+        return [str(pid).encode()]
+
+    @every_kind
+    def test_the_next_request_sets_nothing(self, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = serve(site)
+
+        class Refused:
+            def __set__(self, conn: Any, value: bool) -> None:
+                raise AssertionError("autocommit was set")
+
+        monkeypatch.setattr("zpgpool.core.session._AUTOCOMMIT", Refused())
+        assert [serve(site) for _ in range(3)] == [first] * 3
+
+    @every_kind
+    @pytest.mark.parametrize("methods", ["GPG", "GGPPGG", "PGGP"])
+    def test_requests_that_read_and_that_write(self, site: Any, methods: str) -> None:
+        pids = {serve(site, make_environ(method={"G": "GET", "P": "POST"}[each])) for each in methods}
+        assert len(pids) == 1
+
+    @every_kind
+    @pytest.mark.parametrize("way", ["getconn", "connection", "checkout"])
+    def test_the_threads_own_use(self, pool: Any, site: Any, way: str) -> None:
+        pid = int(serve(site))
+        with {"getconn": got, "connection": lambda pool: pool.connection(), "checkout": checked_out}[way](pool) as conn:
+            assert (conn.info.backend_pid, conn.autocommit, conn.is_touched) == (pid, False, False)
+
+    @shared_kinds
+    @pytest.mark.parametrize("waits", [True, False])
+    def test_another_threads_use(self, pool: Any, waits: bool) -> None:
+        others: list[Call] = []
+
+        def use() -> int:
+            with pool.connection() as conn:
+                assert (conn.autocommit, conn.is_touched) == (False, False)
+                return int(conn.info.backend_pid)
+
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            body = self.app(environ, start_response)
+            if waits:
+                others.append(Call(use))
+                eventually(lambda: pool.get_stats()["requests_waiting"] == 1)
+            return body
+
+        pid = int(serve(PoolMiddleware(app, pool)))
+        other = others[0] if waits else Call(use)
+        assert other.result() == pid
+
+    @every_kind
+    @pytest.mark.parametrize("options", [{"check_idle": 0.0}, {"check": lambda conn: None}], ids=list)
+    def test_it_is_judged_as_any_other(self, site: Any) -> None:
+        assert len({serve(site) for _ in range(3)}) == 1
+
+    @every_kind
+    def test_one_that_the_server_has_ended(self, pool: Any, site: Any, outside: Outside) -> None:
+        pid = int(serve(site))
+        outside.terminate(pid)
+        for entry in pool._connections.handoff.slots:
+            entry.look_at = float("-inf")
+        assert int(serve(site)) != pid
+        assert pool.get_stats()["connections_lost"] == 1
+
+    @every_kind
+    def test_one_that_is_old(self, pool: Any, site: Any) -> None:
+        pid = int(serve(site))
+        pool.drain()
+        assert int(serve(site)) != pid
+
+    @every_kind
+    @pytest.mark.parametrize("options", [{"isolation_level": "serializable"}, {"reset": "discard"}], ids=str)
+    def test_with_these_it_rests_as_configured(self, pool: Any, site: Any) -> None:
+        serve(site)
+        [entry] = pool._connections.handoff.slots
+        assert not entry.conn.autocommit
+        with pool.connection() as conn:
+            level = pool.settings.isolation_level or "read committed"
+            assert run(conn, "SHOW transaction_isolation") == level.lower()
+
+    @every_kind
+    def test_what_the_user_changed_too(self, pool: Any) -> None:
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            get_connection(environ).set_client_encoding("LATIN1")
+            return self.app(environ, start_response)
+
+        serve(PoolMiddleware(app, pool))
+        with pool.connection() as conn:
+            assert (conn.encoding, conn.autocommit) == ("UTF8", False)
+
+    @every_kind
+    def test_the_pool_closes(self, pool: Any, site: Any, outside: Outside) -> None:
+        serve(site)
+        assert pool.get_stats()["pool_available"] == 1
+        pool.close()
+        assert not outside.backends()
+
+
+@contextmanager
+def got(pool: Any) -> Iterator[Any]:
+    conn = pool.getconn()
+    yield conn
+    pool.putconn(conn)
+
+
+@contextmanager
+def checked_out(pool: Any) -> Iterator[Any]:
+    checkout = pool.checkout()
+    yield checkout.conn
+    checkout.putconn()
 
 
 @pytest.mark.parametrize("kind", SHARED)

@@ -251,6 +251,12 @@ class IPoolInternals(IMaintained):
     def scrub(text: str) -> str:
         """Return the message of an error of a connect without what it tells of the connection string."""
 
+    def take_for_reading(key: Hashable = None) -> None:
+        """Check out for `key`, or for the thread, what rests with autocommit on, if something does: see `getconn`.
+
+        It is what the thread's last request with `autocommit = safe` had. Who wants it otherwise asks `getconn` alone.
+        """
+
     def check_process() -> None:
         """Notice that the process was forked by C code, which does not call Python's hooks."""
 

@@ -244,7 +244,7 @@ class PoolMiddleware:
                 self._prepare(environ, lease)
             body = self.app(environ, response)
             if type(body) is not list and not is_complete(body, environ):
-                body, goes_on = begin_body(body, lease, self._key, response, original), True
+                body, goes_on = begin_body(body, lease, environ, self._key, response, original), True
             elif (response.status or "").startswith("5"):
                 reveal(body, response, lease, original)
         except Exception as error:

@@ -51,6 +51,7 @@ from .owners import OwnerLocal
 from .owners import refuse_greenlets
 from .owners import ThreadOwner
 from .probe import ask_why
+from .session import has_only_autocommit
 from .session import is_watched
 from .session import watched
 from .timer import MaintenanceTimer
@@ -305,7 +306,7 @@ class AbstractConnectionPool(ManagedPool):
         if self._pid != getpid():  # forked by C code, which does not call Python's hooks
             self._forget()
             entry = None
-        if entry is None and not self._parked:
+        if entry is None and (entry := self._parked.pop(self.here.owner.reader, None)) is None and not self._parked:
             self._reap()  # before this thread waits: a slot may be held by nobody
         error: PoolError
         try:
@@ -340,11 +341,14 @@ class AbstractConnectionPool(ManagedPool):
         """Park a connection that was taken out of the table, clean, where `owner` finds it; or discard it."""
         now = monotonic()
         conn: Any = entry.conn
+        key: Hashable = owner
         # Entry.is_clean, written out, for a session whose settings are unchanged.
         if close or now >= entry.expires or self._is_long or conn.is_touched:
             entry.owner = owner
             if not self._connections.clean(entry, close):
                 return
+            if has_only_autocommit(conn, entry.baseline):
+                key = owner.reader
             now = monotonic()
         elif conn.status != STATUS_READY or conn.get_transaction_status():
             entry.owner = owner
@@ -353,7 +357,7 @@ class AbstractConnectionPool(ManagedPool):
             now = monotonic()
         entry.since = now
         # Handoff.park, written out because a call is a tenth of a return: park first, then look at the queue.
-        if self._parked.setdefault(owner, entry) is not entry:
+        if self._parked.setdefault(key, entry) is not entry:
             self._parked[entry] = entry
         if self._queue or now >= self._watch_at:
             self._after_return(now)

@@ -110,6 +110,7 @@ class Connections(IdleConnections):
                 entry = self._next(until, timeout > 0)
             if entry is None:
                 return None
+            entry.turn_autocommit_off()
             now = monotonic()
             if self._is_fit(entry, now, until if timeout > 0 else NEVER):
                 entry.since, entry.look_at, entry.is_new = now, now + self.moment, False

@@ -31,6 +31,7 @@ from .libpq import CancelHandle
 from .readable import make_look
 from .session import does_refuse_writes
 from .session import forget_messages
+from .session import has_only_autocommit
 from .session import is_touched
 from .session import restore
 from .session import roll_back
@@ -219,6 +220,8 @@ class Entry(Slot):
     def reset(self, settings: PoolSettings, extra: Reset = None) -> str:
         """Bring the session back to its baseline; return why that cannot be, and the connection must go, if so.
 
+        But for the autocommit of a request: see `_may_rest_so`.
+
         extra -- what `settings` want to be done besides, if it shall be done.
 
         Never raises for what the server did, nor for what the user's own `extra` did.
@@ -234,28 +237,44 @@ class Entry(Slot):
                 return "a COPY, or another thread's query, is not finished"
             if conn.get_transaction_status() != TRANSACTION_STATUS_IDLE or conn.status != STATUS_READY:
                 roll_back(conn)
-            if extra == "discard":
-                conn.reset()
-                set_up(conn, settings)
-            unset(conn, self.baseline)
-            if is_touched(conn) or self.refuses_writes:  # that may have been undone in SQL
-                forget_messages(conn)
-                if not self.is_clean():
-                    restore(conn, self.baseline, self.refuses_writes)
-            if callable(extra):
-                extra(conn)
-            if is_touched(conn) or self.refuses_writes:
-                untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
-                is_clean = self.is_clean()
-            else:
-                is_clean = conn.status == STATUS_READY and not conn.get_transaction_status()
-            if is_clean:
-                return ""
-            return (
-                f"{extra!r} left a transaction, or other settings: it must commit" if extra else "its session changed"
-            )
+            return "" if extra is None and self._may_rest_so() else self._restore(settings, extra)
         except Exception as error:
             return one_line(error)
+
+    def _may_rest_so(self) -> bool:
+        """Whether it may keep the autocommit that a request had: the next one like it need not turn that on.
+
+        Each change gives the interpreter's lock away, and the thread waits for it: docs/performance.rst.
+        """
+        conn = self.conn
+        is_so = has_only_autocommit(conn, self.baseline) and (not self.refuses_writes or does_refuse_writes(conn))
+        return is_so and conn.status == STATUS_READY and not conn.get_transaction_status()
+
+    def _restore(self, settings: PoolSettings, extra: Reset) -> str:
+        conn = self.conn
+        if extra == "discard":
+            conn.reset()
+            set_up(conn, settings)
+        unset(conn, self.baseline)
+        if is_touched(conn) or self.refuses_writes:  # that may have been undone in SQL
+            forget_messages(conn)
+            if not self.is_clean():
+                restore(conn, self.baseline, self.refuses_writes)
+        if callable(extra):
+            extra(conn)
+        if is_touched(conn) or self.refuses_writes:
+            untouch(conn)  # before it is compared: another thread that still has it may change it meanwhile
+            is_clean = self.is_clean()
+        else:
+            is_clean = conn.status == STATUS_READY and not conn.get_transaction_status()
+        if is_clean:
+            return ""
+        return f"{extra!r} left a transaction, or other settings: it must commit" if extra else "its session changed"
+
+    def turn_autocommit_off(self) -> None:
+        """Have the session be as configured, where it rests with the autocommit of a request."""
+        with contextlib.suppress(psycopg2.Error):  # one that is closed, which is found out when it is judged
+            unset(self.conn, self.baseline)
 
     def refusal(self, check: Callable[[Connection], object], settings: PoolSettings) -> str:
         """Return why the user's `check` refuses it, or nothing; what the check leaves in the session is undone."""

@@ -98,6 +98,12 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             self._comers.pop(key, None)
             mine.open()
 
+    def take_for_reading(self, key: Hashable = None) -> None:
+        """See `IPoolInternals`."""
+        owner = self.here.owner
+        if key not in self._used and (entry := self._pop_for_reading(owner)) is not None:
+            self._enter(key, owner, entry)
+
     def _enter(self, key: Hashable, owner: ThreadOwner, entry: Entry) -> Connection:
         """Let `key` have `entry`; return what it has, which another thread may have entered first."""
         entry.owner, entry.sharers = owner, ()

@@ -108,14 +108,16 @@ class ThreadOwner:
     """One thread, as one pool knows it.
 
     `entry` is what a persistent pool has given it (written by that thread, and under the pool's lock by others);
-    `uses` counts its checkouts (written by that thread alone, so that no count is lost).
+    `uses` counts its checkouts (written by that thread alone, so that no count is lost). What it has parked rests under
+    itself; under `reader` what rests with autocommit on, as its requests that read had it.
     """
 
-    __slots__ = ("_life", "entry", "ident", "name", "uses")
+    __slots__ = ("_life", "entry", "ident", "name", "reader", "uses")
 
     def __init__(self, life: LifeToken) -> None:
         self.entry: Entry | None = None
         self.uses = 0
+        self.reader = object()
         self.ident = threading.get_ident()
         self.name = threading.current_thread().name
         self._life = weakref.ref(life)

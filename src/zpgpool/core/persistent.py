@@ -86,6 +86,13 @@ class PersistentConnectionPool(AbstractConnectionPool):
             if token is not None:
                 self._end_block(owner, conn)  # whichever thread ends the block
 
+    def take_for_reading(self, key: Hashable = None) -> None:
+        """See `IPoolInternals`."""
+        owner = self.here.owner
+        if owner.entry is None and (entry := self._pop_for_reading(owner)) is not None:
+            owner.uses += 1
+            owner.entry = entry
+
     def _entry_of(self, key: Hashable) -> Entry | None:
         return key.entry if isinstance(key, ThreadOwner) else None
 

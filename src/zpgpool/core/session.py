@@ -46,7 +46,7 @@ class Watched(Connection):
 
     To read and compare all that is a quarter of a checkout and return (docs/performance.rst), and few change it.
     A change is noted before it is made, in case it is interrupted, and again after it, in case another thread has
-    compared the session meanwhile.
+    compared the session meanwhile. Only `set_temporarily` has a note of its own.
     """
 
     __slots__ = ()
@@ -152,24 +152,30 @@ _AUTOCOMMIT_ON = {"autocommit": True}
 _ONLY_AUTOCOMMIT = "autocommit"
 
 
-def set_temporarily(conn: Connection, session: Mapping[str, Any]) -> None:
+def set_temporarily(conn: Any, session: Mapping[str, Any]) -> None:
     """Set the session for one use, outside of a transaction; `session` is what `set_session()` takes."""
-    if session == _AUTOCOMMIT_ON and getattr(conn, "is_touched", True) is False:
+    # A user's own class may have a `set_session()` of its own, which is to be called.
+    if session != _AUTOCOMMIT_ON or type(conn) is not PLAIN or conn.is_touched is True:
+        conn.set_session(**session)
+    elif not conn.autocommit:
         mark(conn, _ONLY_AUTOCOMMIT)  # first: an exception may come in between
         _AUTOCOMMIT.__set__(conn, True)
-    else:
-        conn.set_session(**session)
+        if not conn.is_touched:  # psycopg2 has waited for another thread, which has returned the connection
+            mark(conn, True)
+
+
+def has_only_autocommit(conn: Connection, baseline: tuple[object, ...]) -> bool:
+    """Whether `set_temporarily` has turned autocommit on, and nothing else has changed."""
+    # With an isolation level, or such, psycopg2 sets the server's own as well.
+    is_only = getattr(conn, "is_touched", True) == _ONLY_AUTOCOMMIT and baseline[4:] == (None, None, None)
+    return is_only and conn.autocommit
 
 
 def unset(conn: Connection, baseline: tuple[object, ...]) -> None:
-    """Undo what `set_temporarily` did, if nothing else has changed. Otherwise `restore` does it.
-
-    To note, compare and restore the session for each request with `autocommit = safe` took 4.8 µs, this takes 1.9.
-    """
-    # With an isolation level, or such, psycopg2 sets the server's own as well.
-    if getattr(conn, "is_touched", True) == _ONLY_AUTOCOMMIT and baseline[4:] == (None, None, None):
+    """Undo what `set_temporarily` did, if nothing else has changed. Otherwise `restore` does it."""
+    if has_only_autocommit(conn, baseline):
+        mark(conn, False)  # first: another thread that still has it may change it meanwhile
         _AUTOCOMMIT.__set__(conn, baseline[1])
-        mark(conn, False)
 
 
 def is_watched(conn: Connection) -> bool:

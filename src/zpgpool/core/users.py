@@ -9,11 +9,14 @@ from abc import ABC
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Hashable
+from os import getpid
+from time import monotonic
 
 from psycopg2.extensions import connection as Connection
 
 from .connections import Connections
 from .entry import Entry
+from .entry import MOMENT
 from .entry import Owner
 from .handoff import CLOSING
 from .handoff import RETURNING
@@ -42,6 +45,9 @@ class Users(ABC):
     #: What was lost without being returned, until its slot is freed.
     _lost: deque[Entry]
     _parked: dict[Hashable, Entry]
+    #: The process, and the seconds of rest after which a connection is judged.
+    _pid: int
+    _rest: float
     #: The slots without a home at the last look, by their ids and since when they are used; and when that was.
     _astray: set[tuple[int, float]]
     _looked_at: float
@@ -78,6 +84,26 @@ class Users(ABC):
         if len(self._owners) > self._many_owners:  # a server with a thread for each request, and no timer yet
             self._forget_ended()
             self._many_owners = 2 * len(self._owners) + MANY
+
+    # Requests that read -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def take_for_reading(self, key: Hashable = None) -> None:
+        """See `IPoolInternals`."""
+
+    def _pop_for_reading(self, owner: ThreadOwner) -> Entry | None:
+        """Return what rests for `owner` with autocommit on; None where nothing does, or it must be judged first."""
+        entry = self._parked.pop(owner.reader, None)
+        if entry is None:
+            return None
+        now = monotonic()
+        if now > entry.look_at:
+            if now >= entry.expires or now - entry.since > self._rest or entry.look(0) or getpid() != self._pid:
+                self._connections.handoff.park(owner.reader, entry)
+                return None
+            entry.look_at = now + MOMENT
+        entry.since = now
+        return entry
 
     # Blocks ----------------------------------------------------------------------------------------------------------
 

@@ -48,17 +48,24 @@ def is_complete(body: object, environ: WSGIEnvironment) -> bool:
 class Body:
     """A body that is iterated, in whichever thread, and closed. Its first chunk, if it has one, was taken already.
 
-    key -- where `environ` has the lease while the application runs, as in the call that has returned the body. In
+    environ, key -- where the lease is while the application runs, as in the call that has returned the body. In
         between another one may be there: what is mounted has its own pool of the same name, and the same environ.
     """
 
     def __init__(
-        self, body: Iterable[bytes], iterator: Iterator[bytes], first: list[bytes], lease: Lease, key: str
+        self,
+        body: Iterable[bytes],
+        iterator: Iterator[bytes],
+        first: list[bytes],
+        lease: Lease,
+        environ: WSGIEnvironment,
+        key: str,
     ) -> None:
         self._body = body
         self._iterator = iterator
         self._first = first
         self._lease = lease
+        self._environ = environ
         self._key = key
         self._is_closed = False
 
@@ -76,14 +83,13 @@ class Body:
 
     def _enter(self, frame: FrameType) -> tuple[Lease | None, object]:
         before = self._lease.enter(frame)
-        environ = self._lease.environ
-        known, environ[self._key] = environ.get(self._key), self._lease
+        known, self._environ[self._key] = self._environ.get(self._key), self._lease
         return before, known
 
     def _leave(self, before: tuple[Lease | None, object]) -> None:
         self._lease.leave(before[0])
         if before[1] is not None:
-            self._lease.environ[self._key] = before[1]
+            self._environ[self._key] = before[1]
 
     def close(self) -> None:
         """Close the application's body, then end the request, whatever that raised; once."""
@@ -167,7 +173,12 @@ class SizedBody(Body):
 
 
 def begin_body(
-    body: Iterable[bytes], lease: Lease, key: str, response: HeldResponse, original: WSGIEnvironment | None
+    body: Iterable[bytes],
+    lease: Lease,
+    environ: WSGIEnvironment,
+    key: str,
+    response: HeldResponse,
+    original: WSGIEnvironment | None,
 ) -> Iterable[bytes]:
     """Take the first chunk, with which the response starts; until then another one can take its place."""
     try:
@@ -177,7 +188,7 @@ def begin_body(
         if (response.status or "").startswith("5"):
             reveal((), response, lease, original)  # the body is closed below
         response.send()
-        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease, key)
+        return (SizedBody if isinstance(body, Sized) else Body)(body, iterator, first, lease, environ, key)
     except BaseException:
         close_body(body)
         raise

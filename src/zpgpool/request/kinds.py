@@ -65,8 +65,10 @@ class ThreadLease(Lease):
                 return conn
             tasks.pop(self._thread, None)
             self._owner, self._thread = self.pool.owner(), get_ident()
-        conn = self.pool.getconn()
-        return self._set(conn) if self.session else conn
+        if not self.session:
+            return self.pool.getconn()
+        self._take_for_reading()
+        return self._set(self.pool.getconn())
 
     def connections(self) -> list[Connection]:
         """See `Lease`."""
@@ -117,6 +119,8 @@ class KeyedLease(OwnLease):
 
     def _getconn(self) -> Connection:
         self._has_asked = True
+        if self.session:
+            self._take_for_reading(self)
         return self.pool.getconn(self)
 
     def _give_back(self) -> None:

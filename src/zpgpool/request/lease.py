@@ -206,6 +206,12 @@ class Lease(Work):
         self.session = {**self.session, **session}
         self._has_set = None
 
+    def _take_for_reading(self, key: Lease | None = None) -> None:
+        """Have the pool check out what has autocommit on already, where the request is to have that."""
+        take = getattr(self.pool, "take_for_reading", None)
+        if take is not None and "autocommit" in self.session:
+            take(key)
+
     def _set(self, conn: Connection) -> Connection:
         """Set the session once: the user may change it after that."""
         if conn is not self._has_set and conn.status == STATUS_READY:
@@ -309,15 +315,15 @@ class Lease(Work):
             self._hide_connection(*self._shown)
         self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
-        # What names the request, and no more: the two refer to each other, and what the request had, an upload too,
-        # would stay until the next collection of garbage.
+        self.is_over = True
+        # Only what names the request: this lease and its environ refer to each other, and what that has, an uploaded
+        # body too, would stay until the next collection of garbage.
         environ = self.environ
         self.environ = {
             "REQUEST_METHOD": environ.get("REQUEST_METHOD", "?"),
             "SCRIPT_NAME": environ.get("SCRIPT_NAME", ""),
             "PATH_INFO": environ.get("PATH_INFO", ""),
         }
-        self.is_over = True
 
     def show_connection(self) -> None:
         """Put the connection into `environ` until the end, in the place of another filter's."""
