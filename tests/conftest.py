@@ -278,6 +278,12 @@ def clean_process() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture
+def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status page of another test has subscribed for good; a return goes the long way then."""
+    monkeypatch.setattr(zope.event, "subscribers", [])
+
+
 def in_thread(function: Callable[..., Any], *args: Any) -> Any:
     """Call `function` in a thread of its own, which has ended when this returns; return or raise what it did."""
     return Call(function, *args).result()

@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import zope.event
 from pyramid.config import Configurator
 
 import zpgpool
@@ -19,6 +18,8 @@ from conftest import KINDS
 from zpgpool.wsgi import get_connection
 from zpgpool.wsgi import PoolMiddleware
 
+
+pytestmark = pytest.mark.usefixtures("nobody_observes")
 
 OURS = str(Path(zpgpool.__file__).parent)
 
@@ -39,12 +40,6 @@ def calls(function: Callable[[], object]) -> tuple[int, int]:
     finally:
         sys.setprofile(None)
     return frames, c_calls
-
-
-@pytest.fixture(autouse=True)
-def nobody_observes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A status page of another test has subscribed for good; a return goes the long way then."""
-    monkeypatch.setattr(zope.event, "subscribers", [])
 
 
 @pytest.mark.parametrize(

@@ -402,6 +402,7 @@ def test_an_unchanged_idle_connection_costs_no_round_trip(own_server: Any) -> No
     proxy.close()
 
 
+@pytest.mark.usefixtures("nobody_observes")
 def test_a_return_that_is_interrupted_closes_the_connection(
     make_pool: MakePool, outside: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
