@@ -448,7 +448,7 @@ def test_idle_timeout_is_exact_behind_a_younger_one(pool: Any) -> None:
     now = time.monotonic()
     old.since, young.since = now - 50, now - 10
     assert pool._connections._claim(old_key, old)  # looked at, for a NOTIFY
-    pool._connections._unclaim(old_key, old)
+    pool._connections.park_again(old_key, old)
     assert list(pool._parked.values()) == [young, old]
     assert min(pool._connections.due_times(now)) == pytest.approx(old.since + 60)
     pool._connections.expire(now + 11)  # for which there is no room to open another one first
@@ -462,7 +462,7 @@ def test_two_that_stay_unordered_are_asked_again(pool: Any) -> None:
     now = time.monotonic()
     old.since, young.since = now - 50, now - 10
     assert pool._connections._claim(old_key, old)
-    pool._connections._unclaim(old_key, old)
+    pool._connections.park_again(old_key, old)
     pool._connections.expire(now)
     assert pool._connections._is_unordered
 

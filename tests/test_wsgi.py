@@ -1855,6 +1855,34 @@ class TestAutocommitRests:
         with pool.connection() as conn:
             assert (conn.encoding, conn.autocommit) == ("UTF8", False)
 
+    @shared_kinds
+    @pytest.mark.parametrize("use", ["write", "getconn", "another thread"])
+    def test_one_to_which_the_server_tells_something_meanwhile(self, pool: Any, outside: Outside, use: str) -> None:
+        def app(environ: Any, start_response: Any) -> list[bytes]:
+            run(get_connection(environ), "LISTEN news")
+            return self.app(environ, start_response)
+
+        site = PoolMiddleware(app, pool)
+        pid = int(serve(site))
+        outside.query("NOTIFY news")
+        [entry] = pool._connections.handoff.slots
+        eventually(lambda: pool._connections.look_at_all() or entry.conn.notifies)
+
+        def plain() -> int:
+            with pool.connection() as conn:
+                assert not conn.autocommit
+                return int(conn.info.backend_pid)
+
+        def write() -> int:
+            return int(serve(site, make_environ(method="POST")))
+
+        uses: dict[str, Callable[[], int]] = {
+            "write": write,
+            "getconn": plain,
+            "another thread": lambda: int(in_thread(plain)),
+        }
+        assert uses[use]() == pid
+
     @every_kind
     def test_the_pool_closes(self, pool: Any, site: Any, outside: Outside) -> None:
         serve(site)

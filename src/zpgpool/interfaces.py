@@ -254,7 +254,7 @@ class IPoolInternals(IMaintained):
     def take_for_reading(key: Hashable = None) -> None:
         """Check out for `key`, or for the thread, what rests with autocommit on, if something does: see `getconn`.
 
-        It is what the thread's last request with `autocommit = safe` had. Who wants it otherwise asks `getconn` alone.
+        Call `getconn` next: it returns that one. A caller that needs autocommit off calls `getconn` only.
         """
 
     def check_process() -> None:

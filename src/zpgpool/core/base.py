@@ -51,7 +51,6 @@ from .owners import OwnerLocal
 from .owners import refuse_greenlets
 from .owners import ThreadOwner
 from .probe import ask_why
-from .session import has_only_autocommit
 from .session import is_watched
 from .session import watched
 from .timer import MaintenanceTimer
@@ -347,7 +346,7 @@ class AbstractConnectionPool(ManagedPool):
             entry.owner = owner
             if not self._connections.clean(entry, close):
                 return
-            if has_only_autocommit(conn, entry.baseline):
+            if conn.autocommit is not entry.baseline[1]:
                 key = owner.reader
             now = monotonic()
         elif conn.status != STATUS_READY or conn.get_transaction_status():

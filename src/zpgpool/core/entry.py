@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 from typing import Protocol
 
 import psycopg2
@@ -220,7 +221,7 @@ class Entry(Slot):
     def reset(self, settings: PoolSettings, extra: Reset = None) -> str:
         """Bring the session back to its baseline; return why that cannot be, and the connection must go, if so.
 
-        But for the autocommit of a request: see `_may_rest_so`.
+        It may keep the autocommit of a request: see `_may_rest_so`.
 
         extra -- what `settings` want to be done besides, if it shall be done.
 
@@ -272,9 +273,12 @@ class Entry(Slot):
         return f"{extra!r} left a transaction, or other settings: it must commit" if extra else "its session changed"
 
     def turn_autocommit_off(self) -> None:
-        """Have the session be as configured, where it rests with the autocommit of a request."""
-        with contextlib.suppress(psycopg2.Error):  # one that is closed, which is found out when it is judged
-            unset(self.conn, self.baseline)
+        """Set autocommit as configured, where a request has left it on."""
+        conn: Any = self.conn
+        with contextlib.suppress(psycopg2.Error):  # it is closed, which is found out when it is judged
+            unset(conn, self.baseline)
+            if conn.autocommit is not self.baseline[1]:  # a message of the server has come meanwhile, and was noted
+                conn.autocommit = self.baseline[1]
 
     def refusal(self, check: Callable[[Connection], object], settings: PoolSettings) -> str:
         """Return why the user's `check` refuses it, or nothing; what the check leaves in the session is undone."""

@@ -149,7 +149,7 @@ class IdleConnections:
                     self._is_unordered = bool(in_order)
                     return
             elif entry.since > since:  # ours now; it was used, and parked again, since we looked
-                self._unclaim(key, entry)
+                self.park_again(key, entry)
             else:
                 most -= 1
                 yield entry
@@ -189,7 +189,7 @@ class IdleConnections:
             key, entry = parked[number]
             if self._claim(key, entry):
                 if entry.is_alive():
-                    self._unclaim(key, entry)
+                    self.park_again(key, entry)
                 else:
                     self.discard_dead(entry)
 
@@ -205,7 +205,8 @@ class IdleConnections:
             self.handoff.park(key, claimed)
         return False
 
-    def _unclaim(self, key: object, entry: Entry) -> None:
+    def park_again(self, key: object, entry: Entry) -> None:
+        """Park what was only looked at: it has rested since before."""
         entry.state = OPEN
         self._is_unordered = True  # it goes behind those that were parked after it
         self.handoff.park(key, entry)

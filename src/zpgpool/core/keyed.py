@@ -79,7 +79,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
             if is_old and (
                 start >= entry.expires or start - entry.since > self._rest or entry.look(0) or getpid() != self._pid
             ):
-                self._connections.handoff.park(owner, entry)  # to be judged below: that may take its time
+                self._connections.park_again(owner, entry)  # to be judged below: that may take its time
             else:
                 entry.since, entry.look_at = start, start + MOMENT if is_old else entry.look_at
                 return self._enter(key, owner, entry)
@@ -101,7 +101,7 @@ class _KeyedConnectionPool(AbstractConnectionPool):
     def take_for_reading(self, key: Hashable = None) -> None:
         """See `IPoolInternals`."""
         owner = self.here.owner
-        if key not in self._used and (entry := self._pop_for_reading(owner)) is not None:
+        if key is not None and key not in self._used and (entry := self._pop_for_reading(owner)) is not None:
             self._enter(key, owner, entry)
 
     def _enter(self, key: Hashable, owner: ThreadOwner, entry: Entry) -> Connection:

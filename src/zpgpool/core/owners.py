@@ -108,8 +108,8 @@ class ThreadOwner:
     """One thread, as one pool knows it.
 
     `entry` is what a persistent pool has given it (written by that thread, and under the pool's lock by others);
-    `uses` counts its checkouts (written by that thread alone, so that no count is lost). What it has parked rests under
-    itself; under `reader` what rests with autocommit on, as its requests that read had it.
+    `uses` counts its checkouts (written by that thread alone, so that no count is lost). What it has parked is found by
+    the owner itself as key; by `reader`, if its last request has left autocommit on.
     """
 
     __slots__ = ("_life", "entry", "ident", "name", "reader", "uses")

@@ -99,7 +99,7 @@ class Users(ABC):
         now = monotonic()
         if now > entry.look_at:
             if now >= entry.expires or now - entry.since > self._rest or entry.look(0) or getpid() != self._pid:
-                self._connections.handoff.park(owner.reader, entry)
+                self._connections.park_again(owner.reader, entry)
                 return None
             entry.look_at = now + MOMENT
         entry.since = now

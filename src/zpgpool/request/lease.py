@@ -316,8 +316,8 @@ class Lease(Work):
         self.frame = self.failure = self.reported = self._has_set = None
         self.guests = ()
         self.is_over = True
-        # Only what names the request: this lease and its environ refer to each other, and what that has, an uploaded
-        # body too, would stay until the next collection of garbage.
+        # Only what names the request: this lease and its environ refer to each other, and what the environ has, an
+        # uploaded body too, would stay until the next collection of garbage.
         environ = self.environ
         self.environ = {
             "REQUEST_METHOD": environ.get("REQUEST_METHOD", "?"),
