@@ -275,6 +275,8 @@ class Entry(Slot):
     def turn_autocommit_off(self) -> None:
         """Set autocommit as configured, where a request has left it on."""
         conn: Any = self.conn
+        if conn.autocommit is self.baseline[1]:
+            return
         with contextlib.suppress(psycopg2.Error):  # it is closed, which is found out when it is judged
             unset(conn, self.baseline)
             if conn.autocommit is not self.baseline[1]:  # a message of the server has come meanwhile, and was noted

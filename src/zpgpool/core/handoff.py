@@ -197,7 +197,7 @@ class Handoff(Generic[S]):
 
         While there are more slots than `limit`, which was lowered, those at rest are for their owner to close.
         """
-        if len(self._refs) <= self.limit:
+        if self.parked and len(self._refs) <= self.limit:
             with suppress(KeyError):
                 return self.parked.popitem()[1]
         return None
@@ -293,7 +293,7 @@ class Handoff(Generic[S]):
             self.queue.append(ticket)
 
     def _wait(self, ticket: Ticket[S], coming: Callable[[], float], clock: Callable[[], float]) -> None:
-        while True:
+        while not ticket.is_settled:
             again = self.serve()
             if self.is_closed:
                 ticket.settle(Closed())

@@ -139,6 +139,7 @@ class ManagedPool(Users):
         self.check_process()
         settings, connections = self.settings, self._connections
         self._reap()
+        self._forget_ended()
         end_held_too_long(self._busy(), settings, self._notifier, now)
         report_leaks(self._users(), settings, self._notifier, now)
         connections.maintain(now)
