@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import socket
 import statistics
 import sys
@@ -86,16 +87,22 @@ def compare(
     rounds: int = ROUNDS,
     note: str = "",
     more: Callable[[str], dict[str, float]] = lambda peer: {},
+    ideal: float | None = None,
 ) -> Question:
-    """Measure all peers in alternation. What `more` says of a peer in the end is kept beside it."""
+    """Measure all peers in alternation. What `more` says of a peer in the end is kept beside it.
+
+    The ratios are to the peer `reference`, or to the figure `ideal`, if that is given.
+    """
     say(f"\nmeasuring: {title} ...")
     found: dict[str, list[float]] = {peer: [] for peer in measures}
-    for _ in range(rounds):
-        for peer, measure in measures.items():
-            found[peer].append(measure())
+    for number in range(rounds):
+        # Each round in another order: a peer finds the machine, and the server's caches, as the one before left them.
+        for peer in random.Random(number).sample(list(measures), len(measures)):
+            found[peer].append(measures[peer]())
     figures = []
     for peer, values in found.items():
-        ratios = [value / other for value, other in zip(values, found[reference], strict=True)]
+        others = found[reference] if ideal is None else [ideal] * rounds
+        ratios = [value / other for value, other in zip(values, others, strict=True)]
         low, _, high = statistics.quantiles(values, n=4)
         between = median_interval(ratios)
         ratio = statistics.median(ratios)
