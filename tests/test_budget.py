@@ -127,3 +127,9 @@ def test_a_hit_and_a_clean_return(make_pool: Any, monkeypatch: pytest.MonkeyPatc
     assert c_calls <= 4
     frames, _ = calls(lambda: pool.putconn(conns.pop()))
     assert frames <= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prune_with_nothing_to_close_is_as_fast_with_many_connections(make_pool: Any, kind: str) -> None:
+    few, many = (make_pool(KINDS[kind], size, size, idle_timeout=60) for size in (2, 12))
+    assert calls(many.prune) == calls(few.prune)

@@ -117,22 +117,36 @@ class IdleConnections:
         Keeps `minconn` open while there is room to open their replacements first: returns how many must be replaced.
         """
         staying = 0
-        if idle_timeout := self.settings.idle_timeout:
-            has_room = len(self.handoff) < self.settings.maxconn
-            others = self._leaving() + self.opener.under_way
-            most = len(self.handoff) - others - self.settings.minconn
-            if most <= 0 and not has_room and not others:  # no other one can be opened first
-                most = len(self.handoff)
-            claimed = list(self._claim_idle(now - idle_timeout, most))
-            if len(claimed) >= most and has_room:
-                staying = sum(entry.since <= now - idle_timeout for entry in list(self._parked.values()))
-            self._discard_all(claimed, "idle for too long", later=later)
+        idle_timeout = self.settings.idle_timeout
+        if idle_timeout and self._rests_since(now - idle_timeout):
+            staying = self._expire_idle(now - idle_timeout, later)
         ended = set()
         with self.lock:
             while self._ends and self._ends[0][0] <= now:
                 ended.add(heappop(self._ends)[2]())
         if ended:
             self.discard_parked("too old", among=ended, later=later)
+        return staying
+
+    def _rests_since(self, since: float) -> bool:
+        """Whether one may rest since then at the latest. Most often none does: a look at the oldest must do."""
+        try:
+            return self._is_unordered or next(iter(self._parked.values())).since <= since
+        except (StopIteration, RuntimeError):  # RuntimeError: another thread parked while we looked
+            return False
+
+    def _expire_idle(self, since: float, later: bool) -> int:
+        """Close what rests since then at the latest, as `expire` says; return how many must be replaced first."""
+        has_room = len(self.handoff) < self.settings.maxconn
+        others = self._leaving() + self.opener.under_way
+        most = len(self.handoff) - others - self.settings.minconn
+        if most <= 0 and not has_room and not others:  # no other one can be opened first
+            most = len(self.handoff)
+        claimed = list(self._claim_idle(since, most))
+        staying = 0
+        if len(claimed) >= most and has_room:
+            staying = sum(entry.since <= since for entry in list(self._parked.values()))
+        self._discard_all(claimed, "idle for too long", later=later)
         return staying
 
     def _claim_idle(self, since: float, most: int) -> Iterator[Entry]:
