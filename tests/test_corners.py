@@ -636,7 +636,7 @@ class TestWhatTwoThreadsRarelyDo:
         ticket: Ticket[Any] = Ticket(0.0, -math.inf)
         pool._parked.clear()
         pool._connections.handoff._wait(ticket, lambda: 99, time.monotonic)
-        assert not ticket.is_settled()
+        assert not ticket.is_settled
 
     def test_one_of_several_unordered_ones_was_taken(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pool._connections._is_unordered = True
@@ -817,9 +817,9 @@ class TestWhatALossLeaves:
         tickets: list[Ticket[Any]] = [Ticket(0.0, 0.0) for _ in range(3)]
         handoff.queue.extend(tickets)
         handoff.shed(None)
-        assert not any(ticket.is_settled() for ticket in tickets)
+        assert not any(ticket.is_settled for ticket in tickets)
         handoff.shed(1)
-        assert [ticket.is_settled() for ticket in tickets] == [False, True, True]
+        assert [ticket.is_settled for ticket in tickets] == [False, True, True]
         assert isinstance(tickets[1].settle(None), QueueFull)
 
     def test_nobody_is_first_in_a_queue_that_is_empty(self) -> None:

@@ -352,7 +352,7 @@ class TestWaiting:
 
         def interrupted_wait(ticket: Any, *args: Any) -> None:
             handoff.park("a", slot)
-            assert ticket.is_settled()
+            assert ticket.is_settled
             raise KeyboardInterrupt
 
         monkeypatch.setattr(handoff, "_wait", interrupted_wait)  # stands for a signal

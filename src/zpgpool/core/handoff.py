@@ -86,8 +86,8 @@ class Ticket(Generic[S]):
         """
         return self._answer.setdefault(0, answer)
 
+    @property
     def is_settled(self) -> bool:
-        """Whether it is answered: a method, for another thread may do so between any two looks."""
         return bool(self._answer)
 
 
@@ -293,12 +293,12 @@ class Handoff(Generic[S]):
             self.queue.append(ticket)
 
     def _wait(self, ticket: Ticket[S], coming: Callable[[], float], clock: Callable[[], float]) -> None:
-        while not ticket.is_settled():
+        while True:
             again = self.serve()
             if self.is_closed:
                 ticket.settle(Closed())
             rest = ticket.until - clock()
-            if ticket.is_settled():
+            if ticket.is_settled:
                 return
             if rest <= 0:
                 soon = coming()  # before `ahead`: who is served in between counts in neither

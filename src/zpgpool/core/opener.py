@@ -98,7 +98,7 @@ class Opener:
         def may_fill(connecting: int) -> bool:
             if self.handoff.parked:  # just now: who has parked it serves the queue next
                 return False
-            waiting = [ticket for ticket in list(self.handoff.queue) if not ticket.is_settled()]
+            waiting = [ticket for ticket in list(self.handoff.queue) if not ticket.is_settled]
             waiter[:] = waiting[connecting:] or waiting
             is_wanted = connecting < len(waiting) or self.backoff.is_hanging
             return bool(waiting) and is_wanted and self.backoff.may_connect(connecting)
