@@ -467,6 +467,23 @@ def test_two_that_stay_unordered_are_asked_again(pool: Any) -> None:
     assert pool._connections._is_unordered
 
 
+def test_one_that_must_stay_is_replaced_though_it_rests_behind_a_younger_one(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 2, 3, idle_timeout=60, timer=None)
+    (old_key, old), (_, young) = list(pool._parked.items())
+    now = time.monotonic()
+    old.since, young.since = now - 50, now - 10
+    assert pool._connections._claim(old_key, old)
+    pool._connections.park_again(old_key, old)
+    assert [pool._connections.expire(now + later) for later in (0, 11, 11.5)] == [0, 1, 1]
+
+
+def test_checkouts_that_are_lost_are_forgotten_without_a_timer(make_pool: MakePool) -> None:
+    pool = make_pool(zpgpool.PersistentConnectionPool, 1, 2, idle_timeout=60, timer=None)
+    for _ in range(200):
+        pool.checkout()
+    assert len(pool._owners) < 100
+
+
 def test_closing_notices_what_is_lost_meanwhile(make_pool: MakePool) -> None:
     pool = make_pool(zpgpool.ThreadedConnectionPool)
     kept = [pool.getconn()]

@@ -167,6 +167,7 @@ class IdleConnections:
             else:
                 most -= 1
                 yield entry
+        self._is_unordered |= bool(in_order)
 
     def discard_parked(
         self,

@@ -109,7 +109,7 @@ class PersistentConnectionPool(AbstractConnectionPool):
                     home, entry = self._find_user(home, conn)
                     entry.checkout = weakref.ref(life)
             user.entry = entry
-            self._owners.add(user)
+            self._add_owner(user)
             return Checkout(entry.conn, partial(self._end_checkout, user, home), life)
         except BaseException:  # the traceback, which somebody may keep, has the token of its life
             user.entry = None
